@@ -1,0 +1,166 @@
+"""Which parameter lives where in which flat buffer, and who owns which slice. Pure arithmetic, no tensors.
+
+A bucket is a run of neighbouring parameters of one type, laid end to end::
+
+    bucket 3   | block.2.q.weight | block.2.k.weight | ... | block.2.norm |  pad  |
+    segments   |<------- optimizer group 0 (decay) ------->|<- group 1 --->|
+    shards     |<------ rank 0 ------>|<------ rank 1 ------>|
+
+Buckets follow the order in which the model registers its modules, which is the order of the forward pass for
+almost every model: bucket 0 is needed first. Inside a bucket parameters are ordered by optimizer group, so that
+the update of a bucket is one call per group and not one per parameter.
+
+Letters: P = padded length of a bucket, S = length of one rank's shard, W = number of shards (P = S * W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+__all__ = ["BucketLayout", "ParamSpec", "Piece", "Segment", "Slot", "cut_pieces", "plan_buckets"]
+
+SLOT_ALIGNMENT = 64
+"""Every parameter starts at a multiple of this many elements, so that matrix kernels keep their fast paths."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """What the layout must know of one parameter."""
+
+    index: int
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    dtype: object
+    """Only compared for equality: parameters of different types never share a bucket."""
+    group: int
+    """Index of its optimizer group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of one parameter in its bucket: elements [start, start + numel)."""
+
+    spec: ParamSpec
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.spec.numel
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of one optimizer group: elements [start, end), padding between its slots included."""
+
+    group: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class BucketLayout:
+    index: int
+    dtype: object
+    slots: tuple[Slot, ...]
+    segments: tuple[Segment, ...]
+    num_shards: int
+    padded_numel: int
+
+    @property
+    def shard_numel(self) -> int:
+        return self.padded_numel // self.num_shards
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """Elements [start, end) of the bucket that shard ``shard`` owns."""
+        return shard * self.shard_numel, (shard + 1) * self.shard_numel
+
+    def slots_in_shard(self, shard: int) -> Iterator[tuple[Slot, int, int]]:
+        """Yield (slot, start, end) with [start, end) the part of the slot inside the shard, in bucket elements."""
+        low, high = self.shard_range(shard)
+        for slot in self.slots:
+            start, end = max(low, slot.start), min(high, slot.end)
+            if start < end:
+                yield slot, start, end
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one optimizer call updates: elements [start, end) of a bucket, all of one optimizer group."""
+
+    bucket: int
+    group: int
+    start: int
+    end: int
+    shape: tuple[int, ...] | None = None
+    """Set when the piece is exactly one parameter and the optimizer must see its shape."""
+
+    @property
+    def numel(self) -> int:
+        return self.end - self.start
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def plan_buckets(specs: Sequence[ParamSpec], *, bucket_numel: int, num_shards: int) -> list[BucketLayout]:
+    """Lay parameters out in buckets of about ``bucket_numel`` elements.
+
+    Args:
+        specs: parameters in the order in which the forward pass needs them.
+        bucket_numel: a bucket is closed before it would exceed this; a larger parameter has a bucket of its own.
+        num_shards: number of equal shards W each bucket is cut into, at least 1.
+
+    Returns:
+        Buckets numbered from 0, ordered by their first parameter. Padding is at most
+        ``SLOT_ALIGNMENT`` elements per parameter and ``SLOT_ALIGNMENT * W`` per bucket.
+    """
+    runs: list[list[ParamSpec]] = []
+    open_run: dict[object, list[ParamSpec]] = {}
+    open_numel: dict[object, int] = {}
+    for spec in specs:
+        run = open_run.get(spec.dtype)
+        if run is None or open_numel[spec.dtype] + spec.numel > bucket_numel:
+            run = open_run[spec.dtype] = []
+            open_numel[spec.dtype] = 0
+            runs.append(run)
+        run.append(spec)
+        open_numel[spec.dtype] += spec.numel
+    return [_lay_out(index, run, num_shards) for index, run in enumerate(runs)]
+
+
+def _lay_out(index: int, run: list[ParamSpec], num_shards: int) -> BucketLayout:
+    slots: list[Slot] = []
+    segments: list[Segment] = []
+    position = 0
+    for spec in sorted(run, key=lambda spec: (spec.group, spec.index)):
+        if not segments or segments[-1].group != spec.group:
+            segments.append(Segment(spec.group, position, position))
+        slots.append(Slot(spec, position))
+        position = _round_up(position + spec.numel, SLOT_ALIGNMENT)
+        segments[-1] = Segment(spec.group, segments[-1].start, position)
+    padded = _round_up(max(position, 1), SLOT_ALIGNMENT * num_shards)
+    segments[-1] = Segment(segments[-1].group, segments[-1].start, padded)
+    return BucketLayout(index, run[0].dtype, tuple(slots), tuple(segments), num_shards, padded)
+
+
+def cut_pieces(layout: BucketLayout, shard: int, *, max_numel: int | None = None) -> list[Piece]:
+    """Cut one shard of a bucket into pieces of one optimizer group each, none longer than ``max_numel``."""
+    low, high = layout.shard_range(shard)
+    pieces: list[Piece] = []
+    for segment in layout.segments:
+        start, end = max(low, segment.start), min(high, segment.end)
+        step = max_numel or max(end - start, 1)
+        pieces.extend(
+            Piece(layout.index, segment.group, begin, min(begin + step, end)) for begin in range(start, end, step)
+        )
+    return pieces
+
+
+def cut_whole_parameters(layout: BucketLayout) -> list[Piece]:
+    """One piece per parameter, with its shape: for optimizers that are not elementwise. Unsharded buckets only."""
+    return [
+        Piece(layout.index, slot.spec.group, slot.start, slot.end, slot.spec.shape) for slot in layout.slots
+    ]

@@ -1,0 +1,64 @@
+"""Global gradient norm, non-finite flag and clip coefficient. Everything stays on the device: no host sync here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["GradStats", "grad_stats"]
+
+
+class GradStats(NamedTuple):
+    """0-dim fp32 tensors on the device of the gradients, equal on all ranks."""
+
+    norm: Tensor
+    """L2 norm of the unscaled gradients over all ranks, before clipping."""
+    found_inf: Tensor
+    """1.0 if any gradient of any rank is inf or nan, else 0.0."""
+    multiplier: Tensor | None
+    """What the stored gradients must be multiplied by: clip coefficient / loss scale. None means 1."""
+
+
+def grad_stats(
+    grads: Sequence[Tensor],
+    *,
+    device: torch.device,
+    loss_scale: float = 1.0,
+    max_norm: float = 0.0,
+    sharded: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> GradStats:
+    """Norm of many gradients in a handful of launches.
+
+    Args:
+        grads: any shapes, any float types; this rank's part if ``sharded``, else all gradients.
+        loss_scale: the gradients carry this factor; it is taken out.
+        max_norm: clip the global norm to this; 0 switches clipping off.
+        sharded: ranks hold different parts, so squares are summed over ranks.
+
+    The norm is the norm of the tensors' norms, as in ``torch.nn.utils.clip_grad_norm_``, so that an unsharded fp32
+    run agrees with it to the bit. No gradients give norm 0.
+    """
+    if grads:
+        # Half precision squares overflow: accumulate in fp32.
+        norms = torch.stack(torch._foreach_norm(list(grads), 2.0, dtype=torch.float32))
+        norm = torch.linalg.vector_norm(norms, 2.0)
+    else:
+        norm = torch.zeros((), device=device)
+    if sharded and dist.is_initialized() and dist.get_world_size(group) > 1:
+        square = norm.square()
+        dist.all_reduce(square, group=group)
+        norm = square.sqrt()
+    if loss_scale != 1.0:
+        norm = norm / loss_scale
+    found_inf = (~torch.isfinite(norm)).to(torch.float32)
+    multiplier: Tensor | None = None
+    if max_norm > 0:
+        multiplier = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    if loss_scale != 1.0:
+        multiplier = (multiplier if multiplier is not None else torch.ones_like(norm)) / loss_scale
+    return GradStats(norm, found_inf, multiplier)

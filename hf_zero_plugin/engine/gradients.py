@@ -1,0 +1,341 @@
+"""Gradients: from autograd's hooks to one reduced shard per bucket.
+
+Two ways to hold them, one interface::
+
+    ResidentGrads    .grad of every parameter is a view of a flat buffer that stays; autograd adds in place, so no
+                     Python runs per parameter (world size 1) and a step can read the buffer as it is.
+    TransientGrads   stage 2 with several ranks: a bucket's buffer is born with its first gradient, reduce-scattered
+                     when full and dropped; only this rank's shard stays.
+
+Order that holds on every rank: buckets are reduced from the last to the first, never in the order of arrival, and a
+parameter without a gradient counts as zero. So ranks that skip different branches still meet in the same collective.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_zero_plugin.engine.buckets import BucketLayout
+from hf_zero_plugin.engine.flat import view_of
+from hf_zero_plugin.engine.sharding import Sharding
+from hf_zero_plugin.errors import HfZeroError
+
+__all__ = ["GradientStore", "ReduceOptions", "ResidentGrads", "TransientGrads"]
+
+
+class ReduceOptions:
+    """How gradients are averaged over ranks: scale before, scale after, and the type on the wire."""
+
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        op: str = "mean",
+        prescale: bool = False,
+        predivide_factor: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        divisor = float(world_size) if op == "mean" else 1.0
+        # As DDP does, divide first by default: fp16 sums of many ranks overflow less easily.
+        self.before = 1.0 / divisor
+        self.after = 1.0
+        if prescale and predivide_factor != 1.0:
+            self.before, self.after = 1.0 / predivide_factor, predivide_factor / divisor
+        self.dtype = dtype
+
+
+class GradientStore:
+    """Common part: hooks, readiness counting, launch order."""
+
+    def __init__(
+        self,
+        layouts: Sequence[BucketLayout],
+        params: Sequence[nn.Parameter],
+        sharding: Sharding,
+        options: ReduceOptions,
+        *,
+        group: dist.ProcessGroup | None = None,
+        overlap: bool = True,
+    ) -> None:
+        self.layouts = list(layouts)
+        self.params = list(params)
+        self.sharding = sharding
+        self.options = options
+        self.group = group
+        self.overlap = overlap
+        self.boundary = True
+        self._slot_of = {slot.spec.index: (layout, slot) for layout in self.layouts for slot in layout.slots}
+        self._arrived: list[set[int]] = [set() for _ in self.layouts]
+        self._next = len(self.layouts) - 1
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        for index, param in enumerate(self.params):
+            self._handles.append(
+                param.register_post_accumulate_grad_hook(lambda param, index=index: self._on_grad(index, param))
+            )
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for param in self.params:
+            param.grad = None
+
+    def begin_backward(self, *, boundary: bool) -> None:
+        self.boundary = boundary
+        self._next = len(self.layouts) - 1
+        for arrived in self._arrived:
+            arrived.clear()
+
+    def end_backward(self) -> None:
+        """Reduce what is left; at a boundary, ``shard(bucket)`` is complete on the current stream afterwards."""
+        raise NotImplementedError
+
+    def shard(self, bucket: int) -> Tensor:
+        """This rank's reduced gradient of a bucket, shape (S,), loss scale still in it."""
+        raise NotImplementedError
+
+    def clear_shard(self, bucket: int) -> None:
+        """Forget one bucket's gradient; on the current stream, so call it where the gradient was consumed."""
+        self.shard(bucket).zero_()
+
+    def norm_views(self) -> list[Tensor]:
+        """Parts of the shards that belong to parameters (no padding), in parameter order."""
+        parts: list[tuple[int, Tensor]] = []
+        for layout in self.layouts:
+            low, _ = layout.shard_range(self.sharding.shard)
+            shard = self.shard(layout.index)
+            parts += [
+                (slot.spec.index, shard[start - low : end - low])
+                for slot, start, end in layout.slots_in_shard(self.sharding.shard)
+            ]
+        return [tensor for _, tensor in sorted(parts, key=lambda part: part[0])]
+
+    @property
+    def num_bytes(self) -> int:
+        raise NotImplementedError
+
+    def _on_grad(self, index: int, param: Tensor) -> None:
+        raise NotImplementedError
+
+    def _mark(self, layout: BucketLayout, index: int) -> None:
+        """Count an arrival and launch every bucket whose turn it is."""
+        arrived = self._arrived[layout.index]
+        if layout.index > self._next:
+            raise HfZeroError(
+                f"parameter {self._slot_of[index][1].spec.name!r} received a gradient after its bucket was reduced. "
+                "A layer that runs more than once under re-entrant gradient checkpointing does this; use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, or set "
+                "$.zero_optimization.overlap_comm to false."
+            )
+        arrived.add(index)
+        if not self.overlap:
+            return
+        while self._next >= 0 and len(self._arrived[self._next]) == len(self.layouts[self._next].slots):
+            self._launch(self.layouts[self._next])
+            self._next -= 1
+
+    def _launch_rest(self) -> None:
+        while self._next >= 0:
+            self._launch(self.layouts[self._next])
+            self._next -= 1
+
+    def _launch(self, layout: BucketLayout) -> None:
+        raise NotImplementedError
+
+    def _start_reduction(self, full: Tensor, out: Tensor | None) -> tuple[Tensor, Any]:
+        """Start averaging ``full`` (P,) over ranks; return (where the result will be, handle to wait for)."""
+        if self.options.before != 1.0:
+            full.mul_(self.options.before)
+        wire = full if self.options.dtype in (None, full.dtype) else full.to(self.options.dtype)
+        if out is None:
+            return wire, dist.all_reduce(wire, group=self.group, async_op=True)
+        return out, dist.reduce_scatter_tensor(out, wire, group=self.group, async_op=True)
+
+
+class ResidentGrads(GradientStore):
+    """Flat gradient buffers that stay, shape (P,) each, in the type of the weights.
+
+    With ``accumulate_fp32`` micro-steps are summed in fp32 beside them; those buffers appear with the first
+    micro-step that is not the last, so runs without accumulation never pay for them.
+    """
+
+    def __init__(self, *args: Any, flats: Sequence[Tensor], accumulate_fp32: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._flats = [torch.zeros_like(flat) for flat in flats]
+        self._accumulate_fp32 = accumulate_fp32
+        self._sums: list[Tensor] | None = None
+        self._views = [view_of(self._flats[layout.index], slot) for layout, slot in self._ordered_slots()]
+        self._reducing: list[tuple[BucketLayout, Tensor, Any]] = []
+        self._norm_views: list[Tensor] | None = None
+        self._point_grads()
+        # One rank has nothing to launch: the buffers fill themselves and no hook has to run.
+        if sharding_needs_hooks(self.sharding):
+            self.attach()
+
+    def _ordered_slots(self) -> list[tuple[BucketLayout, Any]]:
+        return [self._slot_of[index] for index in range(len(self.params))]
+
+    def _point_grads(self) -> None:
+        for param, view in zip(self.params, self._views):
+            if param.grad is not view:
+                param.grad = view
+
+    def begin_backward(self, *, boundary: bool) -> None:
+        super().begin_backward(boundary=boundary)
+        for param, view in zip(self.params, self._views):
+            if param.grad is not view:  # somebody called zero_grad: what was summed so far is forgotten
+                view.zero_()
+                param.grad = view
+
+    def _on_grad(self, index: int, param: Tensor) -> None:
+        layout, _ = self._slot_of[index]
+        self._collect_stray(index)
+        if self.boundary:
+            self._mark(layout, index)
+
+    def _collect_stray(self, index: int) -> None:
+        param, view = self.params[index], self._views[index]
+        if param.grad is not view:
+            if param.grad is None:
+                view.zero_()
+            else:
+                view.copy_(param.grad)
+            param.grad = view
+
+    def _launch(self, layout: BucketLayout) -> None:
+        full = self._settle(layout.index)
+        if self.sharding.reduction == "none":
+            return
+        out = None
+        if self.sharding.reduction == "reduce_scatter":
+            out = full.new_empty(layout.shard_numel, dtype=self.options.dtype or full.dtype)
+        result, work = self._start_reduction(full, out)
+        self._reducing.append((layout, result, work))
+
+    def _settle(self, bucket: int) -> Tensor:
+        """The buffer that holds the whole sum of this bucket so far."""
+        if self._sums is None:
+            return self._flats[bucket]
+        self._sums[bucket].add_(self._flats[bucket])
+        self._flats[bucket].zero_()
+        return self._sums[bucket]
+
+    def end_backward(self) -> None:
+        for index in range(len(self.params)):
+            self._collect_stray(index)
+        if not self.boundary:
+            if self._accumulate_fp32:
+                if self._sums is None:
+                    self._sums = [torch.zeros_like(flat, dtype=torch.float32) for flat in self._flats]
+                    self._norm_views = None
+                for layout in self.layouts:
+                    self._settle(layout.index)
+            return
+        self._launch_rest()
+        for layout, result, work in self._reducing:
+            work.wait()
+            target = self.shard(layout.index)
+            if result is not target:
+                target.copy_(result.view(-1)[: target.numel()])
+            if self.options.after != 1.0:
+                target.mul_(self.options.after)
+        self._reducing.clear()
+
+    def shard(self, bucket: int) -> Tensor:
+        full = (self._sums or self._flats)[bucket]
+        low, high = self.layouts[bucket].shard_range(self.sharding.shard)
+        return full if high - low == full.numel() else full[low:high]
+
+    def clear_shard(self, bucket: int) -> None:
+        (self._sums or self._flats)[bucket].zero_()
+
+    def norm_views(self) -> list[Tensor]:
+        if self._norm_views is None:
+            self._norm_views = super().norm_views()
+        return self._norm_views
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in [*self._flats, *(self._sums or [])])
+
+
+def sharding_needs_hooks(sharding: Sharding) -> bool:
+    return sharding.world_size > 1
+
+
+class TransientGrads(GradientStore):
+    """Full buckets live from their first gradient to their reduction; only shards (S,) stay.
+
+    At most ``max_in_flight`` full buckets wait for their collective at a time, which bounds the memory above the
+    shards at ``(max_in_flight + 1) * P`` elements.
+    """
+
+    max_in_flight = 2
+
+    def __init__(self, *args: Any, flats: Sequence[Tensor], accumulate_fp32: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._dtypes = [flat.dtype for flat in flats]
+        kinds = [torch.float32 if accumulate_fp32 else flat.dtype for flat in flats]
+        self._shards = [
+            flat.new_zeros(layout.shard_numel, dtype=kind) for layout, flat, kind in zip(self.layouts, flats, kinds)
+        ]
+        self._full: dict[int, Tensor] = {}
+        self._reducing: deque[tuple[BucketLayout, Tensor, Tensor, Any]] = deque()
+        self._norm_views: list[Tensor] | None = None
+        self.attach()
+
+    def _buffer(self, layout: BucketLayout) -> Tensor:
+        if layout.index not in self._full:
+            self._full[layout.index] = self._shards[layout.index].new_zeros(
+                layout.padded_numel, dtype=self._dtypes[layout.index]
+            )
+        return self._full[layout.index]
+
+    def _on_grad(self, index: int, param: Tensor) -> None:
+        layout, slot = self._slot_of[index]
+        assert param.grad is not None
+        view_of(self._buffer(layout), slot).add_(param.grad)
+        param.grad = None
+        self._mark(layout, index)
+
+    def _launch(self, layout: BucketLayout) -> None:
+        full = self._buffer(layout)
+        out = full.new_empty(layout.shard_numel, dtype=self.options.dtype or full.dtype)
+        result, work = self._start_reduction(full, out)
+        # The full buffer stays referenced here until the collective has read it.
+        self._reducing.append((layout, self._full.pop(layout.index), result, work))
+        while len(self._reducing) > self.max_in_flight:
+            self._land()
+
+    def _land(self) -> None:
+        layout, _, result, work = self._reducing.popleft()
+        work.wait()
+        if self.options.after != 1.0:
+            result.mul_(self.options.after)
+        self._shards[layout.index].add_(result)
+
+    def end_backward(self) -> None:
+        self._launch_rest()
+        while self._reducing:
+            self._land()
+
+    def shard(self, bucket: int) -> Tensor:
+        return self._shards[bucket]
+
+    def norm_views(self) -> list[Tensor]:
+        if self._norm_views is None:
+            self._norm_views = super().norm_views()
+        return self._norm_views
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in [*self._shards, *self._full.values()])
