@@ -8,9 +8,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from hf_zero_plugin.cli.console import note
 from hf_zero_plugin.errors import LaunchError
 
-__all__ = ["VISIBLE_VARIABLE", "count_usable_cores", "count_visible_gpus", "visible_entries", "visible_value"]
+__all__ = [
+    "VISIBLE_VARIABLE",
+    "count_usable_cores",
+    "count_visible_gpus",
+    "hide_gpus_instead_of_use_cpu",
+    "visible_value",
+]
 
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
@@ -48,20 +55,25 @@ def count_visible_gpus() -> int:
         ) from error
 
 
-def visible_entries(environ: Mapping[str, str], num_visible: int) -> list[str]:
-    """What names each visible GPU in CUDA_VISIBLE_DEVICES: a number, or the UUID that is there already."""
-    value = environ.get(VISIBLE_VARIABLE)
-    if value is None:
-        return [str(index) for index in range(num_visible)]
-    return [entry.strip() for entry in value.split(",")][:num_visible]
-
-
 def visible_value(environ: Mapping[str, str], num_visible: int, indices: tuple[int, ...]) -> str | None:
-    """The CUDA_VISIBLE_DEVICES that shows only ``indices``, which count the visible GPUs; None: leave it alone."""
+    """The CUDA_VISIBLE_DEVICES that shows only ``indices``, which count the visible GPUs; None: leave it alone.
+
+    Entries that are there already are kept as they are written, for they may be UUIDs: with ``GPU-a,GPU-b`` visible,
+    index 1 is ``GPU-b``.
+    """
     if indices == tuple(range(num_visible)):
         return None
-    entries = visible_entries(environ, num_visible)
+    value = environ.get(VISIBLE_VARIABLE)
+    entries = [str(i) for i in range(num_visible)] if value is None else [e.strip() for e in value.split(",")]
     return ",".join(entries[index] for index in indices)
+
+
+def hide_gpus_instead_of_use_cpu() -> None:
+    """Turn ACCELERATE_USE_CPU, with which accelerate ignores ``--deepspeed``, into a machine without GPUs."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
+        del os.environ["ACCELERATE_USE_CPU"]
+        os.environ[VISIBLE_VARIABLE] = ""
+        note("ACCELERATE_USE_CPU makes accelerate ignore --deepspeed; the GPUs are hidden instead, and it is honoured.")
 
 
 def count_usable_cores() -> int:

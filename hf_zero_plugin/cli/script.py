@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 from hf_zero_plugin.cli.console import report_error, wants_traceback
-from hf_zero_plugin.cli.script_args import check_deepspeed_config, drop_removed_flags
+from hf_zero_plugin.cli.devices import hide_gpus_instead_of_use_cpu
+from hf_zero_plugin.cli.script_args import check_deepspeed_config, deepspeed_value, drop_removed_flags
 from hf_zero_plugin.errors import HfZeroError, LaunchError
 
 __all__ = ["EXIT_USAGE", "LAUNCHER_PID_VARIABLE", "check_target", "die_with_launcher", "run_target"]
@@ -63,6 +64,8 @@ def run_target(target: str, script_args: list[str], *, as_module: bool) -> int:
     try:
         source = check_target(target, as_module=as_module)
         check_deepspeed_config(script_args)
+        if deepspeed_value(script_args) is not None:
+            hide_gpus_instead_of_use_cpu()
         script_args = drop_removed_flags(script_args, source)
         _activate()
         _run_as_main(target, script_args, as_module=as_module)

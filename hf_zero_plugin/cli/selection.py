@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from hf_zero_plugin.errors import LaunchError
 
-__all__ = ["LOCALHOST", "Slots", "parse_filter", "parse_hostfile", "select", "select_cpu"]
+__all__ = ["LOCALHOST", "Slots", "check_flags", "parse_filter", "parse_hostfile", "select", "select_cpu"]
 
 LOCALHOST = "localhost"
 
@@ -90,7 +90,7 @@ def select(
     Raises:
         LaunchError: flags that contradict each other, unknown hosts or devices, nothing left to run on.
     """
-    _check_flags(include, exclude, num_nodes, num_gpus)
+    check_flags(include, exclude, num_nodes, num_gpus)
     chosen: Slots = {host: tuple(range(count)) for host, count in available.items()}
     if include:
         wanted = _checked(parse_filter(include, "--include"), available, "--include")
@@ -124,7 +124,7 @@ def select_cpu(*, include: str = "", exclude: str = "", num_gpus: int | None = N
 
     Commands written for a GPU machine keep working: ``--include localhost:1`` is one process.
     """
-    _check_flags(include, exclude, None, num_gpus)
+    check_flags(include, exclude, None, num_gpus)
     num_processes = num_gpus or 1
     for flag, text in (("--include", include), ("--exclude", exclude)):
         if text:
@@ -134,7 +134,7 @@ def select_cpu(*, include: str = "", exclude: str = "", num_gpus: int | None = N
     return {LOCALHOST: tuple(range(num_processes))}
 
 
-def _check_flags(include: str, exclude: str, num_nodes: int | None, num_gpus: int | None) -> None:
+def check_flags(include: str, exclude: str, num_nodes: int | None, num_gpus: int | None) -> None:
     if include and exclude:
         raise LaunchError("--include and --exclude were both given. Keep one: what to use, or what not to use.")
     if (include or exclude) and (num_nodes is not None or num_gpus is not None):
