@@ -107,6 +107,10 @@ class GradientStore:
         """Forget one bucket's gradient; on the current stream, so call it where the gradient was consumed."""
         self.shard(bucket).zero_()
 
+    def clear(self) -> None:
+        for layout in self.layouts:
+            self.clear_shard(layout.index)
+
     def norm_views(self) -> list[Tensor]:
         """Parts of the shards that belong to parameters (no padding), in parameter order."""
         parts: list[tuple[int, Tensor]] = []

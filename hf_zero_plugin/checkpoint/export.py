@@ -1,0 +1,121 @@
+"""``hf-zero export``: a training checkpoint -> one set of fp32 (or half) safetensors that ``from_pretrained`` reads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_zero_plugin.checkpoint.format import MODULE_FILE, ShardReader, newest_tag
+from hf_zero_plugin.errors import CheckpointError
+
+__all__ = ["add_parser", "export", "run", "save_weights"]
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MAX_FILE_BYTES = 5 * 10**9
+
+
+def save_weights(state: dict[str, Tensor], directory: str | Path, filename: str = "model.safetensors") -> None:
+    """Write one safetensors file; tensors that share memory are written once, under their first name."""
+    seen: set[tuple[int, torch.Size]] = set()
+    unique: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        identity = (tensor.data_ptr(), tensor.shape)
+        if identity not in seen:
+            seen.add(identity)
+            unique[name] = tensor.detach().cpu().contiguous()
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    save_file(unique, Path(directory) / filename, metadata={"format": "pt"})
+
+
+def _find(checkpoint: Path, tag: str | None) -> Path:
+    if (checkpoint / MODULE_FILE).is_file():
+        return checkpoint
+    tag = tag or newest_tag(checkpoint)
+    if tag is None or not (checkpoint / tag / MODULE_FILE).is_file():
+        raise CheckpointError(
+            f"{checkpoint}: no checkpoint of this engine here (looked for global_step*/{MODULE_FILE}). "
+            "Give the checkpoint-N folder that the Trainer wrote."
+        )
+    return checkpoint / tag
+
+
+def _weights(reader: ShardReader, module_file: Path, shapes: dict[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
+    for name in sorted(reader.params):
+        flat = reader.read(name, "master", 0, reader.numel(name))
+        assert flat is not None
+        yield name, flat.view(shapes.get(name, [-1]))
+    yield from load_file(module_file).items()
+
+
+def _in_files(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    batch: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if batch and size + num_bytes > limit:
+            yield batch
+            batch, size = {}, 0
+        batch[name] = tensor
+        size += num_bytes
+    yield batch
+
+
+def export(checkpoint: Path, output: Path, *, tag: str | None = None, dtype: str = "fp32") -> list[Path]:
+    """Write the weights of a checkpoint, read slice by slice: at most one file is in memory.
+
+    Args:
+        checkpoint: a checkpoint-N folder, or a global_stepN folder in it.
+        output: folder to write ``model.safetensors`` to, or ``model-0000i-of-0000n.safetensors`` and their index.
+        dtype: "fp32" (the master weights as they are), "fp16" or "bf16".
+
+    Returns:
+        The files written.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is incomplete.
+    """
+    directory = _find(checkpoint, tag)
+    shapes = json.loads((directory / "zero_state.json").read_text()).get("shapes", {})
+    reader = ShardReader(directory)
+    output.mkdir(parents=True, exist_ok=True)
+    wanted = _DTYPES[dtype]
+    cast = ((n, t.to(wanted) if t.is_floating_point() else t) for n, t in _weights(reader, directory / MODULE_FILE, shapes))
+    temporary: list[tuple[Path, list[str], int]] = []
+    for number, batch in enumerate(_in_files(cast, MAX_FILE_BYTES), start=1):
+        path = output / f"model-{number:05d}.tmp"
+        save_file({n: t.contiguous() for n, t in batch.items()}, path, metadata={"format": "pt"})
+        temporary.append((path, list(batch), sum(t.numel() * t.element_size() for t in batch.values())))
+    return _name_files(output, temporary)
+
+
+def _name_files(output: Path, temporary: list[tuple[Path, list[str], int]]) -> list[Path]:
+    if len(temporary) == 1:
+        return [temporary[0][0].rename(output / "model.safetensors")]
+    files, weight_map = [], {}
+    for number, (path, names, _) in enumerate(temporary, start=1):
+        final = path.rename(output / f"model-{number:05d}-of-{len(temporary):05d}.safetensors")
+        files.append(final)
+        weight_map.update(dict.fromkeys(names, final.name))
+    index = {"metadata": {"total_size": sum(size for *_, size in temporary)}, "weight_map": weight_map}
+    (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return files
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("export", help="turn a training checkpoint into safetensors")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint-N folder that the Trainer wrote")
+    parser.add_argument("output", type=Path, help="folder to write model.safetensors to")
+    parser.add_argument("--tag", help="global_stepN to take; default: the newest")
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="fp32")
+
+
+def run(args: argparse.Namespace) -> int:
+    for path in export(args.checkpoint, args.output, tag=args.tag, dtype=args.dtype):
+        print(path)
+    return 0

@@ -1,0 +1,325 @@
+"""Putting an engine together: which parts a configuration needs, and how they are wired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_zero_plugin.config.settings import EngineSettings
+from hf_zero_plugin.engine.buckets import BucketLayout, ParamSpec, Piece, cut_pieces, cut_whole_parameters, plan_buckets
+from hf_zero_plugin.engine.client_home import ClientHome
+from hf_zero_plugin.engine.flat import FlatWeights
+from hf_zero_plugin.engine.gradients import GradientStore, ReduceOptions, ResidentGrads, TransientGrads
+from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home, MasterWeights
+from hf_zero_plugin.engine.offload_host import HostHome
+from hf_zero_plugin.engine.offload_stream import StreamedHome
+from hf_zero_plugin.engine.optimizers import TorchRule, UpdateRule, rule_for, rule_from_config
+from hf_zero_plugin.engine.readiness import Doors
+from hf_zero_plugin.engine.sharding import Sharding, sharding_for
+from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
+from hf_zero_plugin.errors import ConfigError, UnsupportedFeature
+
+__all__ = ["Assembly", "assemble"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+BUCKET_NUMEL = 16 * 2**20
+"""Elements per bucket unless reduce_bucket_size asks for less: readiness is per bucket, so the forward pass starts
+after one bucket, and a bucket's calls are few enough not to matter."""
+
+STREAM_PIECE_NUMEL = 8 * 2**20
+"""Elements per piece that passes through the device: a slot takes (K + 1) * 4 bytes of device memory per element."""
+
+
+@dataclass
+class Assembly:
+    """The parts of one engine. ``masters``, ``grads`` and ``optimizer`` are None for evaluation only."""
+
+    module: nn.Module
+    device: torch.device
+    sharding: Sharding
+    layouts: list[BucketLayout] = field(default_factory=list)
+    params: list[nn.Parameter] = field(default_factory=list)
+    weights: FlatWeights | None = None
+    grads: GradientStore | None = None
+    masters: MasterWeights | None = None
+    optimizer: ZeroOptimizer | None = None
+    doors: Doors | None = None
+    gather_group: dist.ProcessGroup | None = None
+
+    def close(self) -> None:
+        if self.masters is not None:
+            self.masters.synchronize()
+        if self.doors is not None:
+            self.doors.close()
+        if self.grads is not None:
+            self.grads.detach()
+        if self.masters is not None:
+            self.masters.close()
+
+    def memory_report(self) -> dict[str, dict[str, int]]:
+        places: dict[str, dict[str, int]] = {"device": {}, "host": {}}
+        weights = sum(t.numel() * t.element_size() for t in self._module_tensors())
+        places["device"]["weights"] = weights
+        places["device"]["gradients"] = self.grads.num_bytes if self.grads is not None else 0
+        for home in self.masters.homes if self.masters is not None else []:
+            place = places["host" if home.is_on_host else "device"]
+            for kind, size in home.num_bytes.items():
+                place[kind] = place.get(kind, 0) + size
+            if isinstance(home, StreamedHome):
+                places["device"]["buffers"] = places["device"].get("buffers", 0) + home.staging_bytes
+        return places
+
+    def _module_tensors(self) -> list[Tensor]:
+        seen: dict[int, Tensor] = {}
+        for tensor in [*self.module.parameters(), *self.module.buffers()]:
+            seen.setdefault(id(tensor), tensor)
+        return list(seen.values())
+
+
+def assemble(
+    module: nn.Module,
+    settings: EngineSettings,
+    device: torch.device,
+    param_groups: list[dict[str, Any]] | None,
+    client: torch.optim.Optimizer | None,
+    rank: int,
+    world_size: int,
+    group: dist.ProcessGroup | None,
+) -> Assembly:
+    """Build all parts; the module ends up on ``device`` with its trainable weights in flat buckets."""
+    parts = Assembly(module, device, sharding_for(settings.stage, rank=rank, world_size=world_size))
+    compute = DTYPES[settings.precision] if settings.precision != "fp32" else None
+    if param_groups is None:
+        _place_rest(module, device, compute, skip=set())
+        return parts
+    rule, optimizer, client_steps = _choose_optimizer(settings, param_groups, client)
+    parts.optimizer = optimizer
+    parts.params, specs = _specs(module, optimizer.param_groups, compute)
+    _place_rest(module, device, compute, skip={id(param) for param in parts.params})
+    numel = max(1, min(settings.reduce_bucket_size, BUCKET_NUMEL))
+    parts.layouts = plan_buckets(specs, bucket_numel=numel, num_shards=parts.sharding.num_shards)
+    parts.weights = FlatWeights(parts.layouts, parts.params, device)
+    if world_size > 1:
+        _broadcast_rest(module, {id(param) for param in parts.params}, group)
+    _wire(parts, settings, rule, client if client_steps else None, group)
+    return parts
+
+
+def _choose_optimizer(
+    settings: EngineSettings, param_groups: list[dict[str, Any]], client: torch.optim.Optimizer | None
+) -> tuple[UpdateRule, ZeroOptimizer, bool]:
+    if client is None:
+        if settings.optimizer is None:
+            raise ConfigError(
+                "$.optimizer: neither the configuration nor the caller names an optimizer. "
+                'Add an "optimizer" section, or pass an optimizer.'
+            )
+        rule = rule_from_config(settings.optimizer)
+        groups = [{**rule.defaults, **group} for group in param_groups]
+        return rule, ZeroOptimizer(groups, rule.defaults), False
+    found = rule_for(client)
+    optimizer = ZeroOptimizer(
+        [{**group, "params": list(group["params"])} for group in client.param_groups], client.defaults, client=client
+    )
+    return found or UpdateRule(client.defaults), optimizer, found is None
+
+
+def _specs(
+    module: nn.Module, groups: Sequence[dict[str, Any]], compute: torch.dtype | None
+) -> tuple[list[nn.Parameter], list[ParamSpec]]:
+    group_of = {id(param): index for index, group in enumerate(groups) for param in group["params"]}
+    params: list[nn.Parameter] = []
+    specs: list[ParamSpec] = []
+    for name, param in module.named_parameters():
+        if param.requires_grad and id(param) in group_of:
+            dtype = compute if compute is not None and param.is_floating_point() else param.dtype
+            specs.append(ParamSpec(len(params), name, tuple(param.shape), param.numel(), dtype, group_of[id(param)]))
+            params.append(param)
+    if not params:
+        raise ConfigError(
+            "no parameter of the model is trainable and known to the optimizer: unfreeze something "
+            "(param.requires_grad_(True)) before the engine is made."
+        )
+    return params, specs
+
+
+@torch.no_grad()
+def _place_rest(module: nn.Module, device: torch.device, compute: torch.dtype | None, skip: set[int]) -> None:
+    """Move what is not trained. Buffers keep their type: rotary tables and running means need their precision."""
+    for submodule in module.modules():
+        for param in submodule._parameters.values():
+            if param is not None and id(param) not in skip:
+                cast = compute if compute is not None and param.is_floating_point() else param.dtype
+                param.data = param.data.to(device, cast)
+        for name, buffer in submodule._buffers.items():
+            if buffer is not None:
+                submodule._buffers[name] = buffer.to(device)
+
+
+def _broadcast_rest(module: nn.Module, skip: set[int], group: dist.ProcessGroup | None) -> None:
+    for tensor in [*(p.data for p in module.parameters() if id(p) not in skip), *module.buffers()]:
+        # Some backends only take contiguous tensors.
+        whole = tensor.contiguous()
+        dist.broadcast(whole, src=_source(group), group=group)
+        if whole is not tensor:
+            tensor.copy_(whole)
+
+
+def _source(group: dist.ProcessGroup | None) -> int:
+    return dist.get_global_rank(group, 0) if group is not None else 0
+
+
+def _wire(
+    parts: Assembly,
+    settings: EngineSettings,
+    rule: UpdateRule,
+    client: torch.optim.Optimizer | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Adopt the weights bucket by bucket and connect gradients, masters and doors."""
+    sharding, weights = parts.sharding, parts.weights
+    assert weights is not None and parts.optimizer is not None
+    exact: list[Tensor] = []
+    for layout in parts.layouts:
+        values = weights.adopt_bucket(layout, layout.dtype)  # type: ignore[arg-type]
+        if sharding.world_size > 1:
+            dist.broadcast(values, src=_source(group), group=group)
+            if weights.flats[-1] is not values:
+                weights.flats[-1].copy_(values)
+        low, high = layout.shard_range(sharding.shard)
+        owned = high - low == layout.padded_numel
+        exact.append(values if owned or values is weights.flats[-1] else values[low:high].clone())
+    parts.grads = _make_grads(parts, settings, group)
+    context = Context(
+        rule=rule,
+        weights=weights.flats,
+        grads=parts.grads,
+        shard_starts=[layout.shard_range(sharding.shard)[0] for layout in parts.layouts],
+        finish_bucket=lambda bucket, home: _finish_bucket(parts, bucket, home),
+        device=parts.device,
+        groups=parts.optimizer.param_groups,
+    )
+    parts.masters = MasterWeights(_make_homes(parts, settings, context, client), len(parts.layouts))
+    if sharding.gathers_weights and any(isinstance(home, HostHome) for home in parts.masters.homes):
+        # The worker thread gathers while the main thread may be in another collective: keep them apart.
+        parts.gather_group = dist.new_group(dist.get_process_group_ranks(group) if group is not None else None)
+    else:
+        parts.gather_group = group
+
+    def exact_values(piece: Piece) -> Tensor:
+        values = exact[piece.bucket]
+        start = piece.start if values.numel() == parts.layouts[piece.bucket].padded_numel else (
+            piece.start - context.shard_starts[piece.bucket]
+        )
+        return values[start : start + piece.numel]
+
+    parts.masters.reset_from(exact_values)
+    parts.doors = Doors(parts.module, parts.layouts, parts.params)
+    parts.doors.guard(parts.masters)
+
+
+def _make_grads(parts: Assembly, settings: EngineSettings, group: dist.ProcessGroup | None) -> GradientStore:
+    assert parts.weights is not None
+    wire = settings.communication_dtype
+    options = ReduceOptions(
+        parts.sharding.world_size,
+        op=settings.gradient_allreduce_op,
+        prescale=settings.prescale_gradients,
+        predivide_factor=settings.gradient_predivide_factor,
+        dtype=DTYPES[wire] if wire is not None else None,
+    )
+    # bf16 keeps 8 bits: sums of micro-steps lose small gradients, so they are kept in fp32 unless told otherwise.
+    wanted = settings.grad_accum_dtype or ("fp32" if settings.precision == "bf16" else settings.precision)
+    store = TransientGrads if parts.sharding.shards_grads else ResidentGrads
+    return store(
+        parts.layouts,
+        parts.params,
+        parts.sharding,
+        options,
+        group=group,
+        overlap=settings.overlap_comm,
+        flats=parts.weights.flats,
+        accumulate_fp32=wanted == "fp32" and settings.precision != "fp32",
+    )
+
+
+def _make_homes(
+    parts: Assembly, settings: EngineSettings, context: Context, client: torch.optim.Optimizer | None
+) -> list[Home]:
+    offload, sharding = settings.offload_optimizer, parts.sharding
+    to_host = offload.device == "cpu"
+    if client is not None or not context.rule.elementwise:
+        _refuse_cut_parameters(context.rule, client, sharding)
+        pieces = [piece for layout in parts.layouts for piece in cut_whole_parameters(layout)]
+        if client is None:
+            return [HostHome(context, pieces) if to_host else DeviceHome(context, pieces)]
+        indices = [slot.spec.index for layout in parts.layouts for slot in layout.slots]
+        home = torch.device("cpu") if to_host else parts.device
+        return [ClientHome(context, pieces, client, parts.params, indices, home)]
+    streams = (
+        to_host
+        and parts.device.type == "cuda"
+        and offload.step_on != "host"
+        and not isinstance(context.rule, TorchRule)
+    )
+    longest = STREAM_PIECE_NUMEL if streams else None
+    pieces = [
+        piece for layout in parts.layouts for piece in cut_pieces(layout, sharding.shard, max_numel=longest)
+    ]
+    if not to_host:
+        return [DeviceHome(context, pieces)]
+    kept, moved = _split_by_ratio(pieces, context, settings)
+    if streams:
+        away: Home = StreamedHome(context, moved, pin_memory=offload.pin_memory)
+    else:
+        # Without a device to overlap with, a second thread would only fight the first for the cores.
+        threaded = parts.device.type == "cuda" or offload.step_on == "host"
+        away = HostHome(context, moved, pin_memory=offload.pin_memory, threaded=threaded)
+    return [DeviceHome(context, kept), away]
+
+
+def _split_by_ratio(
+    pieces: list[Piece], context: Context, settings: EngineSettings
+) -> tuple[list[Piece], list[Piece]]:
+    """Keep the first pieces on the device: the forward pass needs them first, so theirs is the least time to hide."""
+    offload = settings.offload_optimizer
+    total = sum(piece.numel for piece in pieces)
+    if offload.ratio == "auto":
+        budget = offload.gpu_memory_budget_bytes or 0
+        keep = budget // (4 * (1 + len(context.rule.state_names)))
+    else:
+        keep = int(round((1.0 - offload.ratio) * total))
+    num_kept = 0
+    for piece in pieces:
+        keep -= piece.numel
+        if keep < 0:
+            break
+        num_kept += 1
+    return pieces[:num_kept], pieces[num_kept:]
+
+
+def _refuse_cut_parameters(rule: UpdateRule, client: torch.optim.Optimizer | None, sharding: Sharding) -> None:
+    if sharding.num_shards > 1:
+        name = type(client).__name__ if client is not None else getattr(rule, "cls", type(rule)).__name__
+        raise UnsupportedFeature(
+            f"optimizer {name} looks at whole parameters or is not known to be elementwise, and ZeRO stages 1 to 3 on "
+            f"{sharding.num_shards} ranks cut parameters into slices. Use stage 0, one rank, or an optimizer of "
+            "torch.optim that works element by element (AdamW, Adam, SGD, Adagrad, RMSprop, Lion...)."
+        )
+
+
+def _finish_bucket(parts: Assembly, bucket: int, home: object) -> None:
+    assert parts.masters is not None and parts.grads is not None and parts.weights is not None
+    if parts.masters.finisher[bucket] is not home:
+        return
+    parts.grads.clear_shard(bucket)
+    if parts.sharding.gathers_weights:
+        flat = parts.weights.flats[bucket]
+        low, high = parts.layouts[bucket].shard_range(parts.sharding.shard)
+        dist.all_gather_into_tensor(flat, flat[low:high].clone(), group=parts.gather_group)

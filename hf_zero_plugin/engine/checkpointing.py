@@ -1,0 +1,268 @@
+"""Saving and loading one engine: between pieces of flat buckets and slices of named parameters."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_zero_plugin.checkpoint.format import (
+    CLIENT_FILE,
+    FORMAT,
+    LATEST,
+    MODULE_FILE,
+    STATE_FILE,
+    ShardReader,
+    Slice,
+    newest_tag,
+    write_shard,
+)
+from hf_zero_plugin.engine.buckets import BucketLayout, Piece
+from hf_zero_plugin.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from hf_zero_plugin.engine.engine import ZeroEngine
+
+__all__ = ["load_engine", "save_engine"]
+
+logger = logging.getLogger("hf_zero_plugin")
+
+
+def _slots_of(layout: BucketLayout, piece: Piece) -> Iterator[tuple[str, int, int, int]]:
+    """Yield (parameter, first element in it, one past the last, offset in the piece) for a piece."""
+    for slot in layout.slots:
+        start, end = max(slot.start, piece.start), min(slot.end, piece.end)
+        if start < end:
+            yield slot.spec.name, start - slot.start, end - slot.start, start - piece.start
+
+
+def _my_slices(engine: ZeroEngine) -> Iterator[Slice]:
+    assert engine.parts.masters is not None
+    for home, index, piece in engine.parts.masters.pieces():
+        tensors = home.tensors(index)
+        for name, start, end, offset in _slots_of(engine.parts.layouts[piece.bucket], piece):
+            for kind, tensor in tensors.items():
+                if tensor.numel() == piece.numel and tensor.ndim > 0:
+                    yield Slice(name, kind, start, end, tensor.reshape(-1)[offset : offset + end - start])
+                else:
+                    yield Slice(name, kind, 0, -1, tensor)
+
+
+def _untrained(engine: ZeroEngine, exclude_frozen: bool) -> dict[str, Tensor]:
+    trained = {slot.spec.name for layout in engine.parts.layouts for slot in layout.slots}
+    tensors = dict(engine.module.named_buffers())
+    if not exclude_frozen:
+        tensors.update({name: p.detach() for name, p in engine.module.named_parameters() if name not in trained})
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def save_engine(
+    engine: ZeroEngine,
+    save_dir: str,
+    tag: str | None,
+    client_state: dict[str, Any],
+    save_latest: bool,
+    exclude_frozen: bool,
+) -> bool:
+    """Write into ``TAG.tmp`` and rename when every rank is done, so that a crash never leaves half a checkpoint."""
+    engine.synchronize()
+    tag = tag or f"global_step{engine.global_steps}"
+    _check_tag(engine, tag)
+    root = Path(save_dir)
+    final, work = root / tag, root / f"{tag}.tmp"
+    if engine.global_rank == 0:
+        shutil.rmtree(work, ignore_errors=True)
+    _barrier(engine)
+    work.mkdir(parents=True, exist_ok=True)
+    if engine.parts.masters is not None and engine.parts.sharding.shard == _writer(engine):
+        shard, num_shards = engine.parts.sharding.shard, engine.parts.sharding.num_shards
+        write_shard(work, shard, num_shards, _my_slices(engine))
+    if engine.global_rank == 0:
+        save_file(_untrained(engine, exclude_frozen), work / MODULE_FILE)
+        schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
+        torch.save({"client_state": client_state, "lr_scheduler": schedule}, work / CLIENT_FILE)
+        (work / STATE_FILE).write_text(json.dumps(_state(engine), indent=1))
+    _barrier(engine)
+    if engine.global_rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        work.rename(final)
+        if save_latest:
+            (root / LATEST).write_text(tag)
+    _barrier(engine)
+    return True
+
+
+def _writer(engine: ZeroEngine) -> int:
+    """Ranks that hold equal copies (stage 0) leave the writing to rank 0."""
+    sharding = engine.parts.sharding
+    if sharding.num_shards > 1 or engine.global_rank == 0:
+        return sharding.shard
+    return -1
+
+
+def _state(engine: ZeroEngine) -> dict[str, Any]:
+    hyper = engine.optimizer.hyperparameters() if engine.optimizer is not None else []
+    return {
+        "format": FORMAT,
+        "world_size": engine.world_size,
+        "stage": engine.settings.stage,
+        "precision": engine.settings.precision,
+        "global_steps": engine.global_steps,
+        "skipped_steps": engine.skipped_steps,
+        "micro_steps": engine.micro_steps,
+        "loss_scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
+        "shapes": {s.spec.name: list(s.spec.shape) for layout in engine.parts.layouts for s in layout.slots},
+        "rule": type(engine.parts.masters.homes[0].context.rule).__name__ if engine.parts.masters else None,
+        "param_groups": [{k: v for k, v in group.items() if _is_plain(v)} for group in hyper],
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | list | tuple)
+
+
+def _check_tag(engine: ZeroEngine, tag: str) -> None:
+    mode = engine.settings.checkpoint_tag_validation
+    if mode == "ignore" or engine.world_size == 1:
+        return
+    tags: list[str | None] = [None] * engine.world_size
+    dist.all_gather_object(tags, tag, group=engine.group)
+    if len(set(tags)) > 1:
+        message = f"save_checkpoint: ranks disagree about the tag ({sorted(set(map(str, tags)))})"
+        if mode == "fail":
+            raise CheckpointError(f"{message}; pass the same tag on every rank ($.checkpoint.tag_validation is FAIL)")
+        logger.warning(message)
+
+
+def _barrier(engine: ZeroEngine) -> None:
+    if engine.world_size > 1:
+        dist.barrier(group=engine.group)
+
+
+def load_engine(
+    engine: ZeroEngine,
+    load_dir: str,
+    tag: str | None,
+    *,
+    strict: bool,
+    optimizer_states: bool,
+    scheduler_states: bool,
+) -> tuple[str | None, dict[str, Any]]:
+    root = Path(load_dir)
+    tag = tag or newest_tag(root)
+    if tag is None or not (root / tag / STATE_FILE).is_file():
+        if tag is not None and any((root / tag).glob("*_model_states.pt")):
+            raise CheckpointError(
+                f"{root / tag}: this is a checkpoint in DeepSpeed's own layout, which this engine does not read yet. "
+                "Start from the weights saved beside it (--model_name_or_path), without its optimizer states."
+            )
+        return None, {}
+    directory = root / tag
+    engine.synchronize()
+    state = json.loads((directory / STATE_FILE).read_text())
+    if state["format"] > FORMAT:
+        raise CheckpointError(
+            f"{directory}: written in format {state['format']}, this version reads up to {FORMAT}. "
+            "Upgrade hf-zero-plugin."
+        )
+    _load_untrained(engine, directory / MODULE_FILE, strict)
+    if engine.parts.masters is not None:
+        reader = ShardReader(directory)
+        _check_params(engine, reader, directory, strict)
+        _load_pieces(engine, reader, optimizer_states)
+        reader.close()
+        engine.parts.masters.write_weights()
+        _gather_all(engine)
+    client = torch.load(directory / CLIENT_FILE, map_location="cpu", weights_only=False)
+    if optimizer_states:
+        _restore_counts(engine, state)
+    if scheduler_states and engine.lr_scheduler is not None and client["lr_scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(client["lr_scheduler"])
+    return str(directory), client["client_state"]
+
+
+def _load_untrained(engine: ZeroEngine, file: Path, strict: bool) -> None:
+    targets = dict(engine.module.named_buffers())
+    trained = {slot.spec.name for layout in engine.parts.layouts for slot in layout.slots}
+    targets.update({n: p.data for n, p in engine.module.named_parameters() if n not in trained})
+    for name, tensor in load_file(file).items():
+        if name in targets:
+            targets[name].copy_(tensor)
+
+
+def _check_params(engine: ZeroEngine, reader: ShardReader, directory: Path, strict: bool) -> None:
+    mine = {slot.spec.name: slot.spec.numel for layout in engine.parts.layouts for slot in layout.slots}
+    missing = sorted(set(mine) - reader.params)
+    extra = sorted(reader.params - set(mine))
+    if (missing or extra) and strict:
+        raise CheckpointError(
+            f"{directory}: the checkpoint is of another model: "
+            f"{len(missing)} trainable parameters are not in it ({', '.join(missing[:3])}...), "
+            f"{len(extra)} of it are not in the model ({', '.join(extra[:3])}...). "
+            "Build the model as it was when the checkpoint was written."
+        )
+    for name in set(mine) & reader.params:
+        if reader.numel(name) != mine[name]:
+            raise CheckpointError(
+                f"{directory}: parameter {name!r} has {reader.numel(name)} elements in the checkpoint and {mine[name]} "
+                "in the model. Were embeddings resized after it was written?"
+            )
+
+
+@torch.no_grad()
+def _load_pieces(engine: ZeroEngine, reader: ShardReader, optimizer_states: bool) -> None:
+    assert engine.parts.masters is not None
+    for home, index, piece in engine.parts.masters.pieces():
+        tensors = {name: tensor for name, tensor in home.tensors(index).items()}
+        gathered: dict[str, Tensor] = {}
+        for name, start, end, offset in _slots_of(engine.parts.layouts[piece.bucket], piece):
+            kinds = reader.kinds(name) if optimizer_states else ["master"]
+            for kind in kinds:
+                values = reader.read(name, kind, start, end)
+                if values is None:
+                    continue
+                if values.numel() != end - start or values.ndim == 0:
+                    gathered[kind] = values
+                    continue
+                if kind not in gathered:
+                    base = tensors.get(kind)
+                    gathered[kind] = (
+                        torch.zeros(piece.numel)
+                        if base is None or base.numel() != piece.numel
+                        else base.detach().reshape(-1).float().cpu().clone()
+                    )
+                gathered[kind][offset : offset + end - start] = values
+        home.load(index, gathered)
+
+
+def _gather_all(engine: ZeroEngine) -> None:
+    sharding, weights = engine.parts.sharding, engine.parts.weights
+    if not sharding.gathers_weights or weights is None:
+        return
+    for layout, flat in zip(engine.parts.layouts, weights.flats):
+        low, high = layout.shard_range(sharding.shard)
+        dist.all_gather_into_tensor(flat, flat[low:high].clone(), group=engine.group)
+
+
+def _restore_counts(engine: ZeroEngine, state: dict[str, Any]) -> None:
+    engine.global_steps = state["global_steps"]
+    engine.skipped_steps = state["skipped_steps"]
+    engine.micro_steps = state["micro_steps"]
+    if engine.scaler is not None and state["loss_scaler"] is not None:
+        engine.scaler.load_state_dict(state["loss_scaler"])
+    if engine.optimizer is not None:
+        saved = [{**group, **_as_tuples(group)} for group in state["param_groups"]]
+        if len(saved) == len(engine.optimizer.param_groups):
+            engine.optimizer.load_state_dict({"param_groups": saved})
+
+
+def _as_tuples(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) for key, value in group.items() if isinstance(value, list)}

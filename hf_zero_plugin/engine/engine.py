@@ -1,0 +1,341 @@
+"""ZeroEngine: what the Trainer trains through. START READING HERE.
+
+One training step, world size 1, states offloaded and streamed through the device::
+
+    forward     modules wait for their own bucket, if its update is still on the way      readiness.py
+    backward    autograd adds gradients into flat buckets                                 gradients.py
+    step        norm, non-finite flag and clip coefficient on the device                  grad_norm.py
+                update of every piece is queued                                           master_weights.py, offload_*.py
+                one host read: norm and flag -> loss scale, schedule                      loss_scaler.py, schedules.py
+
+``sharding.py`` says what a ZeRO stage shards; ``buckets.py`` says where everything lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_zero_plugin.config.settings import EngineSettings
+from hf_zero_plugin.engine.assembly import Assembly, assemble
+from hf_zero_plugin.engine.checkpointing import load_engine, save_engine
+from hf_zero_plugin.engine.grad_norm import grad_stats
+from hf_zero_plugin.engine.loss_scaler import LossScaler
+from hf_zero_plugin.engine.master_weights import StepInputs
+from hf_zero_plugin.engine.schedules import build_scheduler
+from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
+
+__all__ = ["ZeroEngine"]
+
+logger = logging.getLogger("hf_zero_plugin")
+
+
+class ZeroEngine(nn.Module):
+    """Trains ``module`` under ZeRO stages 0 to 2, with or without offloaded optimizer states.
+
+    Args:
+        module: any model; it is moved to ``device`` and its trainable weights become views of flat buckets.
+        settings: resolved configuration.
+        param_groups: torch-style groups of trainable parameters; None for evaluation only.
+        client_optimizer: a ready-made optimizer to imitate; otherwise ``settings.optimizer`` says which.
+        lr_scheduler: a scheduler, or a function that makes one from the optimizer; otherwise
+            ``settings.scheduler`` says which.
+        config: the ds_config dict as Hugging Face resolved it; kept for callers that look into it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: EngineSettings,
+        *,
+        device: torch.device,
+        param_groups: list[dict[str, Any]] | None = None,
+        client_optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: Callable[[torch.optim.Optimizer], Any] | Any | None = None,
+        config: dict[str, Any] | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.settings = settings
+        self.device = device
+        self.config = config if config is not None else {}
+        self.group = group
+        self.world_size = dist.get_world_size(group) if dist.is_initialized() else 1
+        self.global_rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self.scaler = LossScaler(settings.loss_scale) if settings.loss_scale is not None else None
+        self.parts: Assembly = assemble(
+            module, settings, device, param_groups, client_optimizer, self.global_rank, self.world_size, group
+        )
+        self.optimizer: ZeroOptimizer | None = self.parts.optimizer
+        if self.optimizer is not None:
+            self.optimizer.engine = self
+        self.lr_scheduler = self._make_scheduler(lr_scheduler)
+
+        self.global_steps = 0
+        """Boundaries reached, skipped steps included."""
+        self.skipped_steps = 0
+        self.micro_steps = 0
+        self._forced_boundary: bool | None = None
+        self._defers_reduction = False
+        self._grad_norm: float | None = None
+        self._destroyed = False
+
+    def _make_scheduler(self, given: Any) -> Any:
+        if self.optimizer is None:
+            return None
+        if given is None:
+            return build_scheduler(self.settings.scheduler, self.optimizer) if self.settings.scheduler else None
+        is_scheduler = hasattr(given, "step") and hasattr(given, "state_dict")
+        return given if is_scheduler else given(self.optimizer)
+
+    # ---------------------------------------------------------------- forward and backward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own output, untouched."""
+        if self.settings.autocast is None:
+            return self.module(*args, **kwargs)
+        kind = torch.float16 if self.settings.autocast == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, dtype=kind):
+            return self.module(*args, **kwargs)
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scaler.scale if self.scaler is not None else 1.0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say whether the next backward is the last of its step; overrides the count of micro-steps."""
+        self._forced_boundary = is_boundary
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        if self._defers_reduction:
+            return False
+        if self._forced_boundary is not None:
+            return self._forced_boundary
+        return (self.micro_steps + 1) % self.settings.gradient_accumulation_steps == 0
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Compute gradients of ``loss`` (0-dim) and reduce them if this is the last micro-step.
+
+        Args:
+            scale_wrt_gas: divide by the number of accumulation steps; False when the caller has done it.
+        """
+        parts = self.parts
+        if parts.masters is None or parts.grads is None:
+            raise RuntimeError("backward() needs an optimizer: this engine was made for evaluation only")
+        boundary = self.is_gradient_accumulation_boundary()
+        parts.masters.start_backward(prefetch=boundary)
+        parts.grads.begin_backward(boundary=boundary)
+        scaled = loss
+        if scale_wrt_gas and self.settings.gradient_accumulation_steps > 1:
+            scaled = scaled / self.settings.gradient_accumulation_steps
+        if self.scaler is not None:
+            scaled = scaled.float() * self.scaler.scale
+        scaled.backward(retain_graph=retain_graph)
+        parts.grads.end_backward()
+        return loss
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Micro-steps inside do not end the accumulation; allowed at every stage."""
+        previous, self._defers_reduction = self._defers_reduction, True
+        try:
+            yield
+        finally:
+            self._defers_reduction = previous
+
+    # ---------------------------------------------------------------- step
+
+    def step(self) -> None:
+        """At a boundary: clip, update, advance the schedule, clear gradients. Otherwise count the micro-step."""
+        boundary = self.is_gradient_accumulation_boundary()
+        self.micro_steps += 1
+        if not boundary:
+            return
+        parts, optimizer = self.parts, self.optimizer
+        assert parts.masters is not None and parts.grads is not None and optimizer is not None
+        stats = grad_stats(
+            parts.grads.norm_views(),
+            device=self.device,
+            loss_scale=self.loss_scale,
+            max_norm=self.settings.gradient_clipping,
+            sharded=parts.sharding.shards_states,
+            group=self.group,
+        )
+        inputs = StepInputs(
+            number=self.global_steps - self.skipped_steps + 1,
+            groups=optimizer.hyperparameters(),
+            multiplier=stats.multiplier,
+            found_inf=stats.found_inf if self.settings.check_grad_overflow else None,
+        )
+        launched = parts.masters.skips_on_device
+        if launched:
+            parts.masters.step(inputs)
+        # The one host read of a step. The device still has the update to do, so it does not run dry.
+        norm, found_inf = torch.stack([stats.norm, stats.found_inf]).tolist()
+        overflow = bool(found_inf) and self.settings.check_grad_overflow
+        if not launched:
+            if overflow:
+                parts.grads.clear()
+            else:
+                parts.masters.step(inputs._replace(found_inf=None))
+        self._finish_step(norm, overflow)
+
+    def _finish_step(self, norm: float, overflow: bool) -> None:
+        assert self.optimizer is not None
+        self._grad_norm = norm
+        self.global_steps += 1
+        self.optimizer.overflow = overflow
+        if overflow:
+            self.skipped_steps += 1
+            logger.warning("step %d skipped: a gradient is inf or nan%s", self.global_steps, self._scale_note())
+        elif self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        if self.scaler is not None:
+            self.scaler.update(overflow)
+        every = self.settings.steps_per_print
+        if every and self.global_steps % every == 0 and self.global_rank == 0:
+            rates = ", ".join(f"{group['lr']:.3g}" for group in self.optimizer.param_groups)
+            logger.info("step %d, skipped %d, lr [%s]%s", self.global_steps, self.skipped_steps, rates, self._scale_note())
+
+    def _scale_note(self) -> str:
+        return f", loss scale {self.scaler.scale:g}" if self.scaler is not None else ""
+
+    def get_global_grad_norm(self) -> float | None:
+        """L2 norm over all ranks of the last step's gradients, before clipping, loss scale taken out."""
+        return self._grad_norm
+
+    @property
+    def was_step_applied(self) -> bool:
+        return self.optimizer is not None and not self.optimizer.overflow
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing to do: ``step`` clears gradients, and between micro-steps they must stay."""
+
+    # ---------------------------------------------------------------- looking at weights
+
+    def synchronize(self) -> None:
+        """Wait until every weight, master and state is up to date, also for the host."""
+        if self.parts.masters is not None:
+            self.parts.masters.synchronize()
+
+    def memory_report(self) -> dict[str, dict[str, int]]:
+        """Bytes of this rank by place ("device", "host") and kind."""
+        return self.parts.memory_report()
+
+    def zero_optimization_stage(self) -> int:
+        return self.settings.stage
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        return self.parts.sharding.shards_grads
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        return self.settings.stage3.gather_16bit_weights_on_model_save
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+        """All weights on the host of rank 0; an empty dict elsewhere. Collective at stage 3."""
+        self.synchronize()
+        if self.global_rank != 0:
+            return {}
+        frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
+        return {
+            name: tensor.detach().cpu()
+            for name, tensor in self.module.state_dict().items()
+            if not (exclude_frozen_parameters and name in frozen)
+        }
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.settings.gradient_accumulation_steps
+
+    def train_micro_batch_size_per_gpu(self) -> int | None:
+        return self.settings.train_micro_batch_size_per_gpu
+
+    def train_batch_size(self) -> int | None:
+        return self.settings.train_batch_size
+
+    def get_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+
+    # ---------------------------------------------------------------- checkpoints and the end
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write ``save_dir/global_stepN``; every rank must call. Resumes at any number of ranks."""
+        return save_engine(self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Read what ``save_checkpoint`` wrote; every rank must call.
+
+        Returns:
+            (path, client_state), or (None, {}) if ``load_dir`` holds no checkpoint of this engine.
+        """
+        return load_engine(
+            self,
+            load_dir,
+            tag,
+            strict=load_module_strict,
+            optimizer_states=load_optimizer_states and not load_module_only,
+            scheduler_states=load_lr_scheduler_states and not load_module_only,
+        )
+
+    def save_16bit_model(self, save_dir: str, save_filename: str = "model.safetensors") -> bool:
+        """Write the weights as one safetensors file, from rank 0."""
+        from hf_zero_plugin.checkpoint.export import save_weights
+
+        state = self._zero3_consolidated_16bit_state_dict()
+        if self.global_rank == 0:
+            save_weights(state, save_dir, save_filename)
+        return True
+
+    def compile(self, backend: str = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        self.module.compile(backend=backend, **(compile_kwargs or {}))
+
+    def destroy(self) -> None:
+        """Finish pending work and remove every hook, thread and page lock; the module stays usable."""
+        if not self._destroyed:
+            self._destroyed = True
+            self.parts.close()
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self.module.parameters(recurse)
+
+    def to(self, *args: Any, **kwargs: Any) -> ZeroEngine:
+        """Moves nothing: weights live in flat buckets on the device that the engine chose."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+
+def trainable_groups(params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Torch-style param groups without frozen parameters and empty groups."""
+    raw = list(params)
+    groups = [dict(group) for group in raw] if raw and isinstance(raw[0], dict) else [{"params": raw}]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,242 @@
+"""fp32 master weights and optimizer states: what a home for them must do, and the home on the device itself.
+
+A home is given pieces of buckets and steps them. Three homes exist::
+
+    DeviceHome     states stay on the device; the update runs on the compute stream       (this file)
+    StreamedHome   states stay in page-locked host memory and pass through the device     (offload_stream.py)
+    HostHome       states stay on the host and a background thread updates them there     (offload_host.py)
+
+``MasterWeights`` joins the homes of one engine and answers "is bucket b up to date?" for the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_zero_plugin.engine.buckets import Piece
+from hf_zero_plugin.engine.gradients import GradientStore
+from hf_zero_plugin.engine.optimizers import UpdateRule
+from hf_zero_plugin.engine.piece_states import PieceStates
+
+__all__ = ["Context", "DeviceHome", "Home", "MasterWeights", "StepInputs"]
+
+
+class StepInputs(NamedTuple):
+    """Everything one optimizer step needs to know, fixed at the moment it is launched."""
+
+    number: int
+    """This update counted from 1; skipped steps do not count."""
+    groups: list[dict[str, Any]]
+    """Hyperparameters per param group, copied: the schedule may move on while the step still runs."""
+    multiplier: Tensor | None
+    """0-dim fp32: factor for the stored gradients (clip coefficient / loss scale); None means 1."""
+    found_inf: Tensor | None
+    """0-dim fp32 flag for rules that skip on the device; None when the host has looked already."""
+
+
+class Context(NamedTuple):
+    """What every home shares."""
+
+    rule: UpdateRule
+    weights: Sequence[Tensor]
+    """Flat weights per bucket, shape (P,)."""
+    grads: GradientStore
+    shard_starts: Sequence[int]
+    """First element of this rank's shard, per bucket: where ``grads.shard(b)`` begins in bucket elements."""
+    finish_bucket: Callable[[int, object], None]
+    """Called by a home, on its stream or thread, when it has updated its part of a bucket: the last home to do so
+    clears the gradient and gathers the other ranks' shards."""
+    device: torch.device
+    groups: Sequence[dict[str, Any]]
+    """The param groups, for the initial values of states."""
+
+    def grad_of(self, piece: Piece) -> Tensor:
+        start = self.shard_starts[piece.bucket]
+        return self.grads.shard(piece.bucket)[piece.start - start : piece.end - start]
+
+    def weight_of(self, piece: Piece) -> Tensor:
+        return self.weights[piece.bucket][piece.start : piece.end]
+
+
+class Home:
+    """Holds masters and states of some pieces and updates them."""
+
+    def __init__(self, context: Context, pieces: Sequence[Piece]) -> None:
+        self.context = context
+        self.pieces = list(pieces)
+        self.last_piece_of_bucket = {piece.bucket: index for index, piece in enumerate(self.pieces)}
+
+    def set_master(self, index: int, values: Tensor) -> None:
+        """Set the fp32 master of piece ``index`` and start its states afresh. ``values`` may be aliased."""
+        raise NotImplementedError
+
+    def step(self, inputs: StepInputs) -> None:
+        """Launch the update of all pieces; may return before it is done."""
+        raise NotImplementedError
+
+    def prefetch(self) -> None:
+        """A step follows the backward pass that begins now: fetch what it will need first."""
+
+    @property
+    def skips_on_device(self) -> bool:
+        return self.context.rule.skips_on_device
+
+    def wait(self, bucket: int) -> None:
+        """Order the current stream (or this thread) after the last update of ``bucket``."""
+
+    def synchronize(self) -> None:
+        """Block until the masters and states can be read by the host."""
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Master ("master") and states of a piece by name, fp32 (S,), plus 0-dim extras; call synchronize first."""
+        raise NotImplementedError
+
+    def load(self, index: int, tensors: dict[str, Tensor]) -> None:
+        for name, target in self.tensors(index).items():
+            if name in tensors:
+                target.copy_(tensors[name].view_as(target))
+
+    def close(self) -> None:
+        """Release threads and page-locked memory."""
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        raise NotImplementedError
+
+    @property
+    def is_on_host(self) -> bool:
+        return False
+
+
+class DeviceHome(Home):
+    """States on the compute device, updated in place on the current stream."""
+
+    def __init__(self, context: Context, pieces: Sequence[Piece]) -> None:
+        super().__init__(context, pieces)
+        self._states = PieceStates(context.rule, self.pieces)
+        self._scratch: Tensor | None = None
+
+    def set_master(self, index: int, values: Tensor) -> None:
+        self._states.start(index, values, self.context.groups[self.pieces[index].group])
+
+    def step(self, inputs: StepInputs) -> None:
+        number = torch.full((), float(inputs.number), device=self.context.device)
+        for index, piece in enumerate(self.pieces):
+            grad = self._widen(self.context.grad_of(piece))
+            if inputs.multiplier is not None:
+                grad.mul_(inputs.multiplier)
+            self._states.update(index, grad, inputs.groups[piece.group], number, inputs.found_inf)
+            self._write_weight(index)
+            if self.last_piece_of_bucket[piece.bucket] == index:
+                self.context.finish_bucket(piece.bucket, self)
+
+    def _write_weight(self, index: int) -> None:
+        weight, master = self.context.weight_of(self.pieces[index]), self._states.masters[index]
+        assert master is not None
+        if weight.data_ptr() != master.data_ptr():  # fp32 weights are their own masters
+            weight.copy_(master.view(-1))
+
+    def _widen(self, grad: Tensor) -> Tensor:
+        if grad.dtype == torch.float32:
+            return grad
+        if self._scratch is None:
+            longest = max(piece.numel for piece in self.pieces)
+            self._scratch = torch.empty(longest, dtype=torch.float32, device=self.context.device)
+        return self._scratch[: grad.numel()].copy_(grad)
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        return self._states.tensors(index)
+
+    def load(self, index: int, tensors: dict[str, Tensor]) -> None:
+        self._states.load(index, tensors)
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        sizes = self._states.num_bytes()
+        if all(self.context.weights[piece.bucket].dtype == torch.float32 for piece in self.pieces):
+            sizes["master weights"] = 0  # the weights themselves
+        return sizes
+
+
+class MasterWeights:
+    """All homes of one engine. Pieces of one bucket may live in different homes."""
+
+    def __init__(self, homes: Sequence[Home], num_buckets: int) -> None:
+        self.homes = [home for home in homes if home.pieces]
+        self.num_buckets = num_buckets
+        self._pending = [False] * num_buckets
+        self.any_pending = False
+        # A bucket is finished by the last home that holds a part of it; earlier ones must not gather it.
+        self.finisher = {piece.bucket: home for home in self.homes for piece in home.pieces}
+
+    @property
+    def skips_on_device(self) -> bool:
+        """A step may be launched before the host knows whether it must be skipped."""
+        return all(home.skips_on_device for home in self.homes)
+
+    def start_backward(self, *, prefetch: bool) -> None:
+        """Gradients are about to be overwritten: the last update must have consumed them."""
+        self.wait_all()
+        if prefetch:
+            for home in self.homes:
+                home.prefetch()
+
+    def step(self, inputs: StepInputs) -> None:
+        # Homes on the device first: the streamed and host homes order themselves after the compute stream.
+        for home in self.homes:
+            home.step(inputs)
+        self._pending = [True] * self.num_buckets
+        self.any_pending = True
+
+    def wait(self, bucket: int) -> None:
+        if self._pending[bucket]:
+            self._pending[bucket] = False
+            for home in self.homes:
+                home.wait(bucket)
+
+    def wait_all(self) -> None:
+        if self.any_pending:
+            for bucket in range(self.num_buckets):
+                self.wait(bucket)
+            self.any_pending = False
+
+    def synchronize(self) -> None:
+        self.wait_all()
+        for home in self.homes:
+            home.synchronize()
+
+    def pieces(self) -> Iterator[tuple[Home, int, Piece]]:
+        for home in self.homes:
+            for index, piece in enumerate(home.pieces):
+                yield home, index, piece
+
+    @torch.no_grad()
+    def reset_from(self, exact: Callable[[Piece], Tensor]) -> None:
+        """Take new fp32 masters, piece by piece; states start afresh."""
+        for home, index, piece in self.pieces():
+            home.set_master(index, exact(piece))
+
+    @torch.no_grad()
+    def refresh_from_weights(self) -> None:
+        """Somebody changed the weights: take them as the new masters, keep the states."""
+        self.synchronize()
+        for home, index, piece in self.pieces():
+            home.load(index, {"master": home.context.weight_of(piece).float()})
+
+    @torch.no_grad()
+    def write_weights(self) -> None:
+        """Narrow every master into the weights (this rank's shard of them)."""
+        self.synchronize()
+        for home, index, piece in self.pieces():
+            master = home.tensors(index)["master"].view(-1)
+            weight = home.context.weight_of(piece)
+            if weight.data_ptr() != master.data_ptr():
+                weight.copy_(master)
+
+    def close(self) -> None:
+        for home in self.homes:
+            home.close()

@@ -1,0 +1,222 @@
+"""Offload with host arithmetic: a background thread updates masters and states in host memory.
+
+Per bucket, in the order in which the next forward pass needs them::
+
+    gradient ready -> download stream -> page-locked half-precision buffer        (2 B/parameter)
+    worker thread: widen, multiply, update rule, narrow                          (host cores)
+    upload stream: weights back to the device                                    (2 B/parameter)
+
+The forward pass waits for its own bucket only: first for the worker (a host wait), then for the upload (a wait on the
+device). Calls are few and large: every Python call of the worker takes the interpreter lock from the thread that
+launches kernels. On a CPU device there is nothing to copy and the same thread updates the gradients where they are.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_zero_plugin.engine.buckets import Piece
+from hf_zero_plugin.engine.master_weights import Context, Home, StepInputs
+from hf_zero_plugin.engine.piece_states import PieceStates
+from hf_zero_plugin.engine.pinned import PinnedArena
+
+__all__ = ["HostHome"]
+
+
+class _Job(NamedTuple):
+    bucket: int
+    inputs: StepInputs
+    number: Tensor
+    multiplier: Tensor | None
+
+
+class HostHome(Home):
+    """See the module. With ``threaded`` false the update runs inside ``step``: the reference for tests."""
+
+    def __init__(
+        self, context: Context, pieces: Sequence[Piece], *, pin_memory: bool = True, threaded: bool = True
+    ) -> None:
+        super().__init__(context, pieces)
+        self._on_cuda = context.device.type == "cuda"
+        self._pieces_of: dict[int, list[int]] = {}
+        for index, piece in enumerate(self.pieces):
+            self._pieces_of.setdefault(piece.bucket, []).append(index)
+        rows = 1 + len(context.rule.state_names)
+        # States are only touched by host cores: nothing to page-lock.
+        arena = PinnedArena(sum(piece.numel for piece in self.pieces) * rows, pin=False)
+        self._rows = [arena.take(piece.numel * rows).view(rows, -1) for piece in self.pieces]
+        self._states = PieceStates(context.rule, self.pieces)
+        longest = max((piece.numel for piece in self.pieces), default=0)
+        self._scratch = torch.empty(longest)
+        self._half_arenas: list[PinnedArena] = []
+        self._half: dict[int, Tensor] = {}
+        if self._on_cuda:
+            self._make_half_buffers(pin_memory)
+            self._copies = torch.cuda.Stream(context.device)
+            self._uploads = torch.cuda.Stream(context.device)
+        self._grad_ready: dict[int, torch.cuda.Event] = {}
+        self._uploaded: dict[int, torch.cuda.Event] = {}
+        self._done = {bucket: threading.Event() for bucket in self._pieces_of}
+        self._error: BaseException | None = None
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if threaded and self.pieces:
+            self._start_thread()
+
+    def _make_half_buffers(self, pin: bool) -> None:
+        """One buffer per piece carries the gradient down and, once that is consumed, the weights up."""
+        for dtype in sorted({self.context.weight_of(piece).dtype for piece in self.pieces}, key=str):
+            mine = [i for i, piece in enumerate(self.pieces) if self.context.weight_of(piece).dtype == dtype]
+            arena = PinnedArena(sum(self.pieces[i].numel for i in mine), pin=pin, dtype=dtype)
+            self._half_arenas.append(arena)
+            self._half.update({i: arena.take(self.pieces[i].numel) for i in mine})
+
+    def _start_thread(self) -> None:
+        for done in self._done.values():
+            done.set()
+        # The thread must not keep its home alive, or destroying the engine would never end it.
+        self._thread = threading.Thread(
+            target=_work, args=(weakref.ref(self), self._jobs, torch.get_num_threads()), name="hf-zero-host-optimizer"
+        )
+        self._thread.daemon = True
+        self._thread.start()
+        # Runs at exit too: a daemon thread that still holds page-locked memory then aborts the interpreter.
+        self._stop_thread = weakref.finalize(self, _stop, self._jobs, self._thread)
+
+    def set_master(self, index: int, values: Tensor) -> None:
+        master, *storage = self._rows[index]
+        master.copy_(values)
+        self._states.start(index, master, self.context.groups[self.pieces[index].group], storage)
+
+    def step(self, inputs: StepInputs) -> None:
+        number = torch.full((), float(inputs.number))
+        multiplier = None if inputs.multiplier is None else inputs.multiplier.cpu()
+        if multiplier is not None and multiplier.item() == 1.0:
+            multiplier = None
+        for bucket in self._pieces_of:
+            self._done[bucket].clear()
+            if self._on_cuda:
+                self._start_download(bucket)
+        for bucket in self._pieces_of:
+            job = _Job(bucket, inputs, number, multiplier)
+            if self._thread is None:
+                self.run(job)
+            else:
+                self._jobs.put(job)
+
+    def _start_download(self, bucket: int) -> None:
+        self._copies.wait_stream(torch.cuda.current_stream(self.context.device))
+        with torch.cuda.stream(self._copies):
+            for index in self._pieces_of[bucket]:
+                self._half[index].copy_(self.context.grad_of(self.pieces[index]), non_blocking=True)
+            self._grad_ready[bucket] = self._copies.record_event()
+
+    def run(self, job: _Job) -> None:
+        """Update one bucket; on the worker thread, or inline without one."""
+        try:
+            with torch.no_grad():
+                if self._on_cuda:
+                    self._grad_ready[job.bucket].synchronize()
+                for index in self._pieces_of[job.bucket]:
+                    self._update_piece(index, job)
+                if self._on_cuda:
+                    with torch.cuda.stream(self._uploads):
+                        self.context.finish_bucket(job.bucket, self)
+                        self._uploaded[job.bucket] = self._uploads.record_event()
+                else:
+                    self.context.finish_bucket(job.bucket, self)
+        except BaseException as error:  # a thread has nobody to raise to: the next wait raises it
+            self._error = error
+            if self._thread is None:
+                raise
+        finally:
+            self._done[job.bucket].set()
+
+    def _update_piece(self, index: int, job: _Job) -> None:
+        piece = self.pieces[index]
+        master = self._rows[index][0]
+        grad = self._half[index] if self._on_cuda else self.context.grad_of(piece)
+        if grad.dtype != torch.float32 or self._on_cuda:
+            grad = self._scratch[: piece.numel].copy_(grad)
+        if job.multiplier is not None:
+            grad.mul_(job.multiplier)
+        self._states.update(index, grad, job.inputs.groups[piece.group], job.number, None)
+        weight = self.context.weight_of(piece)
+        if self._on_cuda:
+            self._half[index].copy_(master)
+            with torch.cuda.stream(self._uploads):
+                weight.copy_(self._half[index], non_blocking=True)
+        else:
+            weight.copy_(master)
+
+    def wait(self, bucket: int) -> None:
+        done = self._done.get(bucket)
+        if done is None:
+            return
+        done.wait()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if bucket in self._uploaded:
+            torch.cuda.current_stream(self.context.device).wait_event(self._uploaded[bucket])
+
+    def synchronize(self) -> None:
+        for bucket in self._pieces_of:
+            if self._thread is not None:
+                self.wait(bucket)
+        if self._on_cuda:
+            self._uploads.synchronize()
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        return self._states.tensors(index)
+
+    def load(self, index: int, tensors: dict[str, Tensor]) -> None:
+        self._states.load(index, tensors)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._stop_thread()
+            self._thread = None
+        if self._on_cuda:
+            torch.cuda.synchronize(self.context.device)
+        for arena in self._half_arenas:
+            arena.release()
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        half = sum(buffer.numel() * buffer.element_size() for buffer in self._half.values())
+        return {**self._states.num_bytes(), "buffers": half + self._scratch.numel() * 4}
+
+    @property
+    def skips_on_device(self) -> bool:
+        return False  # the worker must not start on gradients that may turn out to be inf
+
+    @property
+    def is_on_host(self) -> bool:
+        return True
+
+
+def _stop(jobs: queue.SimpleQueue[_Job | None], thread: threading.Thread) -> None:
+    jobs.put(None)
+    if thread is not threading.current_thread():
+        thread.join()
+
+
+def _work(home_ref: weakref.ref[HostHome], jobs: queue.SimpleQueue[_Job | None], num_threads: int) -> None:
+    # A new thread has no thread count of its own until the first query; set before that, the count would be undone
+    # by the first parallel call. See torch.get_num_threads.
+    torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    while (job := jobs.get()) is not None:
+        home = home_ref()
+        if home is None:
+            return
+        home.run(job)
+        del home

@@ -1,0 +1,101 @@
+"""Who must wait before weights are read.
+
+Overlap means that after ``step`` returns, weights may still be on their way. Everything that looks at them goes
+through one of these doors, and each door waits for no more than it needs:
+
+    a module's forward           its own parameters' buckets (pre-forward hooks on modules that own parameters)
+    named_parameters, parameters, state_dict, load_state_dict of any module of the model     all buckets
+    GatheredParameters, save, evaluate, export, destroy                                       all buckets
+
+Code that keeps a tensor of its own and reads it right after ``step`` calls ``engine.synchronize()``.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_zero_plugin.engine.buckets import BucketLayout
+from hf_zero_plugin.engine.master_weights import MasterWeights
+
+__all__ = ["Doors"]
+
+_open: weakref.WeakSet[Doors] = weakref.WeakSet()
+_patched: dict[str, Callable[..., Any]] = {}
+_lock = threading.Lock()
+
+
+class Doors:
+    """Hooks of one engine; ``close`` removes every trace."""
+
+    def __init__(self, model: nn.Module, layouts: list[BucketLayout], params: list[nn.Parameter]) -> None:
+        self._masters: MasterWeights | None = None
+        self._handles: list[RemovableHandle] = []
+        bucket_of = {id(params[slot.spec.index]): layout.index for layout in layouts for slot in layout.slots}
+        for module in model.modules():
+            own = {bucket_of[id(p)] for p in module._parameters.values() if p is not None and id(p) in bucket_of}
+            if own:
+                hook = functools.partial(self._before_forward, tuple(sorted(own)))
+                self._handles.append(module.register_forward_pre_hook(hook))
+        self._modules = weakref.WeakSet(model.modules())
+
+    def guard(self, masters: MasterWeights) -> None:
+        self._masters = masters
+        with _lock:
+            _open.add(self)
+            _patch()
+
+    def _before_forward(self, buckets: tuple[int, ...], module: nn.Module, args: Any) -> None:
+        masters = self._masters
+        if masters is not None and masters.any_pending:
+            for bucket in buckets:
+                masters.wait(bucket)
+
+    def wait_if_mine(self, module: nn.Module) -> None:
+        if self._masters is not None and self._masters.any_pending and module in self._modules:
+            self._masters.wait_all()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        with _lock:
+            _open.discard(self)
+            if not _open:
+                _unpatch()
+        self._masters = None
+
+
+def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for doors in list(_open):
+            doors.wait_if_mine(self)
+        return original(self, *args, **kwargs)
+
+    return call
+
+
+def _patch() -> None:
+    """Enumerating parameters is how callbacks (averaging, norms, loggers) reach weights: wait there.
+
+    nn.Module has no hook for it. The methods are wrapped only while an engine lives.
+    """
+    if _patched:
+        return
+    for name in ("named_parameters", "state_dict"):
+        original = getattr(nn.Module, name)
+        _patched[name] = original
+        setattr(nn.Module, name, _guarded(name, original))
+
+
+def _unpatch() -> None:
+    for name, original in _patched.items():
+        setattr(nn.Module, name, original)
+    _patched.clear()
