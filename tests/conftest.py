@@ -37,6 +37,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and none is visible"))
 
 
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run in which every test was skipped has tested nothing: give it pytest's exit code for "no tests"."""
+    if exitstatus == pytest.ExitCode.OK and not session.config.option.collectonly and not _tests_run:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+_tests_run: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and not report.skipped:
+        _tests_run.append(report.nodeid)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Bit-for-bit comparisons need a fixed order of summation; small machines need the cores."""
