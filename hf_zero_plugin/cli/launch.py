@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_zero_plugin.cli.console import note, wants_traceback
+from hf_zero_plugin.cli.console import wants_traceback
 from hf_zero_plugin.cli.network import wait_for_master
 from hf_zero_plugin.cli.script import LAUNCHER_PID_VARIABLE
 from hf_zero_plugin.errors import LaunchError
@@ -137,14 +137,21 @@ def _all_ranks_end() -> Iterator[set[int]]:
 
     rank_pids: set[int] = set()
     close = PContext.close
+    is_ending = False
 
     def close_soon(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        nonlocal is_ending
         rank_pids.update(self.pids().values())
-        if death_sig == signal.SIGINT:
+        if is_ending:
+            # A second signal cut the wait below short: patience is over.
+            death_sig, timeout = signal.SIGKILL, _GRACE_S
+        elif death_sig == signal.SIGINT:
             print("hf-zero: interrupted, ending all ranks (Ctrl-C again kills them)", file=sys.stderr, flush=True)
         # SIGTERM is named only when somebody sent it to us: a scheduler that leaves time to save a checkpoint.
         is_forwarded = death_sig == signal.SIGTERM
+        is_ending = True
         close(self, death_sig, timeout if is_forwarded else min(timeout, _GRACE_S))
+        is_ending = False
 
     PContext.close = close_soon  # type: ignore[method-assign]
     try:
@@ -200,7 +207,6 @@ def _join_error(plan: LaunchPlan, timeout_s: int, error: Any) -> str:
             f"the ranks cannot meet at {plan.master_addr}:{plan.master_port} ({first_line}). "
             "Choose another --master_port, or leave it out to get a free one."
         )
-    note("every node runs the same command, each with its own --node_rank")
     return (
         f"not all {plan.num_nodes} nodes met at {plan.master_addr}:{plan.master_port} within {timeout_s} s "
         f"({first_line}). Start the launcher on every node; {JOIN_TIMEOUT_VARIABLE} sets how long to wait."
