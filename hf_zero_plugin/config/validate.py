@@ -1,0 +1,333 @@
+"""A configuration against the schema: every mistake, in words of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from hf_zero_plugin.config.fields import AUTO, Section
+from hf_zero_plugin.config.problems import Problem, did_you_mean
+from hf_zero_plugin.config.schema import (
+    DEPRECATED,
+    RENAMED,
+    DsConfig,
+    known_keys,
+    params_model,
+    section_models,
+)
+from hf_zero_plugin.config.schema_optim import (
+    OPTIMIZERS,
+    REFUSED_OPTIMIZERS,
+    REFUSED_SCHEDULERS,
+    SCHEDULERS,
+)
+
+__all__ = ["refusals", "schema_problems"]
+
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "greater than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+}
+_WANTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a text in quotes",
+    "list_type": "a list",
+    "dict_type": "an object in braces",
+    "model_type": "an object in braces",
+    "model_attributes_type": "an object in braces",
+    "none_required": "null",
+}
+
+
+def schema_problems(config: dict[str, Any]) -> list[Problem]:
+    """Unknown keys, missing keys, wrong types, wrong choices, numbers out of range."""
+    found = list(_problems_of(DsConfig, "$", config, config))
+    for kind in ("optimizer", "scheduler"):
+        node = config.get(kind)
+        if isinstance(node, dict) and isinstance(node.get("type"), str) and isinstance(node.get("params", {}), dict):
+            found.extend(_type_problems(kind, node, config))
+    return found
+
+
+def refusals(config: dict[str, Any]) -> list[Problem]:
+    """Every key that asks for something this engine does not have. The configuration must be valid otherwise."""
+    found = []
+    for key in known_keys(config=config):
+        value = lookup(config, key.path)
+        if key.ruling.refuses(value) and value != AUTO:
+            shown = "{...}" if isinstance(value, dict) and value else show(value)
+            found.append(
+                Problem(
+                    path=key.path,
+                    what=f"{shown} asks for something that this engine does not have",
+                    why=key.ruling.why,
+                    fix=key.ruling.fix,
+                )
+            )
+    return found
+
+
+def _problems_of(model: type[Section], path: str, node: Any, config: dict[str, Any]) -> Iterator[Problem]:
+    try:
+        model.model_validate(node)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            if detail["loc"] and detail["loc"][-1] == "[key]":
+                continue
+            yield _problem(detail, path, config)
+
+
+def _type_problems(kind: str, node: dict[str, Any], config: dict[str, Any]) -> Iterator[Problem]:
+    name: str = node["type"]
+    refused = REFUSED_OPTIMIZERS if kind == "optimizer" else REFUSED_SCHEDULERS
+    known = OPTIMIZERS if kind == "optimizer" else SCHEDULERS
+    model = params_model(kind, name)
+    if model is not None:
+        yield from _problems_of(model, f"$.{kind}.params", node.get("params", {}), config)
+        return
+    for title, (why, fix) in refused.items():
+        if title.lower() == name.lower():
+            yield Problem(
+                path=f"$.{kind}.type", what=f'"{name}" is an {kind} that this engine does not have', why=why, fix=fix
+            )
+            return
+    near = did_you_mean(name, known)
+    yield Problem(
+        path=f"$.{kind}.type",
+        what=f'"{name}" is not the name of any {kind}',
+        why=f"Known are {', '.join(known)}.",
+        fix=f'Did you mean "{near}"?'
+        if near
+        else f"Name one of them, or remove the section to use the Trainer's {kind}.",
+    )
+
+
+def _problem(detail: ErrorDetails, prefix: str, config: dict[str, Any]) -> Problem:
+    path = prefix + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
+    kind, value = detail["type"], detail["input"]
+    context: dict[str, Any] = detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown_key(path, config)
+    if kind == "missing":
+        name = path.rpartition(".")[2]
+        return Problem(
+            path=path,
+            what=f'the key "{name}" is missing',
+            why="It has no default.",
+            fix=f'Add "{name}", or remove the section around it.',
+        )
+    if value == AUTO and isinstance(value, str):
+        return Problem(
+            path=path,
+            what='"auto" cannot stand here',
+            why="Neither the Trainer nor this engine fills in this key; DeepSpeed would take its default, silently.",
+            fix="Write a value, or remove the key to take the default.",
+        )
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        bound = _plain(context[name])
+        return Problem(path=path, what=f"{show(value)} is out of range", fix=f"Write a number that is {words} {bound}.")
+    if kind == "literal_error":
+        return _wrong_choice(path, value, str(context["expected"]))
+    if kind in ("too_short", "too_long"):
+        wanted = context.get("min_length", context.get("max_length"))
+        return Problem(
+            path=path,
+            what=f"the list has {context['actual_length']} items, but {wanted} are needed",
+            fix=f"Write {wanted} items, for example [0.9, 0.999].",
+        )
+    return _wrong_type(path, value, _WANTED.get(kind, ""), detail["msg"])
+
+
+def _unknown_key(path: str, config: dict[str, Any]) -> Problem:
+    parent, _, name = path.rpartition(".")
+    models = section_models(config)
+    siblings = list(models[parent].model_fields) if parent in models else []
+    what = f'unknown key "{name}"'
+    why = "A key that nothing reads would be ignored silently."
+    near = did_you_mean(name, siblings)
+    if near is not None:
+        return Problem(path=path, what=what, why=why, fix=f'Did you mean "{near}"?')
+    homes = [home for home, model in models.items() if name in model.model_fields]
+    homes += [home for home, model in _other_params(config) if name in model.model_fields]
+    if homes:
+        places = " or ".join(dict.fromkeys(homes))
+        return Problem(path=path, what=what, why=why, fix=f"This key belongs in {places}. Move it there.")
+    if name in ("_comment", "comment", "//", "_doc"):
+        return Problem(path=path, what=what, why="JSON has no comments, and every key is read.", fix="Remove it.")
+    far = [(home, did_you_mean(name, model.model_fields)) for home, model in models.items() if len(name) > 5]
+    close = next((f"{home}.{found}" for home, found in far if found is not None), None)
+    listed = f"Keys of {parent}: {', '.join(siblings)}." if siblings and len(siblings) <= 15 else ""
+    hint = f"Did you mean {close}?" if close else "Remove it."
+    return Problem(path=path, what=what, why=f"{why} {listed}".strip(), fix=hint)
+
+
+def _other_params(config: dict[str, Any]) -> Iterator[tuple[str, type[Section]]]:
+    """Parameter models of the types that were not chosen."""
+    for kind, table in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
+        for name, model in table.items():
+            if model is not params_model(kind, (config.get(kind) or {}).get("type")):
+                yield f'$.{kind}.params of type "{name}"', model
+
+
+def _wrong_choice(path: str, value: Any, expected: str) -> Problem:
+    choices = [choice.strip("'") for choice in expected.replace(" or ", ", ").split(", ")]
+    near = did_you_mean(value, choices) if isinstance(value, str) else None
+    listed = ", ".join(f'"{choice}"' for choice in choices)
+    return Problem(
+        path=path,
+        what=f"{show(value)} is not one of {listed}",
+        fix=f'Did you mean "{near}"?' if near else f'Write one of them, for example "{choices[0]}".',
+    )
+
+
+def _wrong_type(path: str, value: Any, wanted: str, message: str) -> Problem:
+    if not wanted:
+        return Problem(path=path, what=f"{show(value)} is not right here: {message}", fix="Write another value.")
+    fix = f"Write {wanted}."
+    if isinstance(value, str) and "number" in wanted and _is_number(value):
+        fix = f"Write {value} without quotes."
+    elif isinstance(value, str) and wanted == "true or false" and value.lower() in ("true", "false"):
+        fix = f"Write {value.lower()} without quotes."
+    elif value in (0, 1) and not isinstance(value, bool) and wanted == "true or false":
+        fix = f"Write {'true' if value else 'false'}."
+    elif value is None:
+        fix = f"Remove the key to take the default, or write {wanted}."
+    elif isinstance(value, bool) and path == "$.zero_optimization":
+        fix = 'This old form is gone: write {"stage": 1}.' if value else "Remove the key."
+    return Problem(path=path, what=f"{show(value)} is {_kind_of(value)}, but {wanted} is needed", fix=fix)
+
+
+def lookup(config: dict[str, Any], path: str) -> Any:
+    """The value at ``$.a.b``; None if there is none."""
+    node: Any = config
+    for part in path.split(".")[1:]:
+        if not isinstance(node, dict) or part not in node:
+            return None
+        node = node[part]
+    return node
+
+
+def show(value: Any) -> str:
+    """A value as the file would spell it, shortened."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        text = f'"{value}"'
+    elif isinstance(value, dict):
+        text = "{" + ", ".join(f'"{key}": {show(item)}' for key, item in value.items()) + "}"
+    elif isinstance(value, (list, tuple)):
+        text = "[" + ", ".join(map(show, value)) + "]"
+    else:
+        text = _plain(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _plain(number: Any) -> str:
+    if isinstance(number, float) and number.is_integer() and abs(number) < 1e15:
+        return str(int(number))
+    return str(number)
+
+
+def _kind_of(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    names: dict[type, str] = {
+        str: "text in quotes",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), f"a Python {type(value).__name__}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def apply_renames(config: dict[str, Any]) -> tuple[dict[str, str], list[str], list[Problem]]:
+    """Turn old spellings into today's, in place.
+
+    Returns:
+        new path -> path in the file, warnings, problems (both spellings used).
+    """
+    moved: dict[str, str] = {}
+    warnings: list[str] = []
+    problems: list[Problem] = []
+    for old, new in RENAMED.items():
+        parent_path, _, old_name = f"$.{old}".rpartition(".")
+        new_name = new.rpartition(".")[2]
+        parent = config if parent_path == "$" else lookup(config, parent_path)
+        if not isinstance(parent, dict) or old_name not in parent:
+            continue
+        if new_name in parent:
+            problems.append(_twice(f"$.{old}", f"$.{new}"))
+            continue
+        parent[new_name] = parent.pop(old_name)
+        moved[f"$.{new}"] = f"$.{old}"
+        warnings.append(f'$.{old}: an old spelling of "{new_name}"; read as that.')
+    _apply_old_switches(config, moved, warnings, problems)
+    return moved, warnings, problems
+
+
+def _apply_old_switches(
+    config: dict[str, Any], moved: dict[str, str], warnings: list[str], problems: list[Problem]
+) -> None:
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict):
+        return
+    for path in DEPRECATED:
+        name = path.rpartition(".")[2]
+        if name not in zero:
+            continue
+        value = zero[name]
+        if not isinstance(value, bool):
+            problems.append(_wrong_type(f"$.{path}", value, "true or false", ""))
+            zero.pop(name)
+            continue
+        sections = {"cpu_offload": ["offload_optimizer"], "cpu_offload_param": ["offload_param"]}.get(
+            name, ["offload_optimizer", "offload_param"]
+        )
+        key, new_value = (
+            ("pin_memory", value) if name.endswith("pin_memory") else ("device", "cpu" if value else "none")
+        )
+        zero.pop(name)
+        if key == "pin_memory":
+            sections = [name for name in sections if isinstance(zero.get(name), dict)]
+        for target in sections:
+            inner = zero[target] if isinstance(zero.get(target), dict) else zero.setdefault(target, {})
+            new_path = f"$.zero_optimization.{target}.{key}"
+            if inner.get(key, new_value) != new_value:
+                problems.append(_twice(f"$.{path}", new_path))
+                continue
+            inner[key] = new_value
+            moved[new_path] = f"$.{path}"
+        warnings.append(
+            f"$.{path}: an old switch; read as {' and '.join(sections) or 'nothing'}.{key} = {show(new_value)}."
+        )
+
+
+def _twice(old: str, new: str) -> Problem:
+    return Problem(
+        path=old,
+        what=f"this old spelling stands beside {new}",
+        why="Both set the same thing.",
+        fix=f"Keep {new} only.",
+    )
