@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from hf_zero_plugin.cli.cgroup import core_quota
 from hf_zero_plugin.cli.console import note
 from hf_zero_plugin.errors import LaunchError
 
@@ -79,19 +80,5 @@ def hide_gpus_instead_of_use_cpu() -> None:
 def count_usable_cores() -> int:
     """Cores that this process may use: affinity and the cgroup's CPU quota, at least 1."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_core_quota()
+    quota = core_quota()
     return max(1, num_cores if quota is None else min(num_cores, int(quota)))
-
-
-def _cgroup_core_quota() -> float | None:
-    try:
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if limit == "max" else int(limit) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        limit_us = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text())
-        period_us = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text())
-        return None if limit_us <= 0 else limit_us / period_us
-    except (OSError, ValueError):
-        return None
