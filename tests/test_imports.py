@@ -35,11 +35,11 @@ HOMES_OF_LIBRARIES = {
     "transformers": {"integration"},
     "accelerate": {"integration"},
     "deepspeed": {"integration"},
-    "torch.distributed": {"engine", "checkpoint", "integration"},
+    "torch.distributed": {"engine", "checkpoint", "integration", "cli"},
     "datasets": set(),
     "evaluate": set(),
 }
-"""Library -> parts that may import it."""
+"""Library -> parts that may import it. The command line's launcher is torchrun's, in torch.distributed."""
 
 LAZY_LIBRARIES = {("cli", "transformers"), ("cli", "accelerate")}
 """(part, library): allowed inside functions only, so that the command line starts fast and works without it."""
@@ -47,8 +47,8 @@ LAZY_LIBRARIES = {("cli", "transformers"), ("cli", "accelerate")}
 AUTO_KNOWN_TO = {"config", "integration", "cli"}
 """Parts in which the string "auto" may stand; the engine is told values."""
 
-AUTO_ENGINE_FILES: set[str] = set()
-"""Files elsewhere that interpret a setting of ours whose own value is "auto"."""
+AUTO_ENGINE_FILES = {"engine/assembly.py"}
+"""Files elsewhere that interpret a setting of ours whose own value is "auto" (the share of the states to offload)."""
 
 STAGE_COMPARED_IN = {"engine/sharding.py"}
 """Files that may compare a stage with a number; config/ and integration/ may as well (checks, DeepSpeed's contract)."""
@@ -71,7 +71,8 @@ def _sources() -> Iterator[tuple[str, str, ast.Module]]:
 
 def _walk(node: ast.AST, is_lazy: bool = False) -> Iterator[tuple[ast.AST, bool]]:
     for child in ast.iter_child_nodes(node):
-        lazy = is_lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+        never_at_import = isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING"
+        lazy = is_lazy or never_at_import or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
         yield child, lazy
         yield from _walk(child, lazy)
 
