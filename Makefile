@@ -61,9 +61,9 @@ $(VENV)/.installed: setup.cfg $(CONSTRAINTS)
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(if $(SYSTEM_SITE),--system-site-packages) $(VENV)
-	@$(if $(SYSTEM_SITE),$(BIN)/python -c 'import torch' || { \
+	@test -z "$(SYSTEM_SITE)" || $(BIN)/python -c 'import torch' || { \
 	  echo "SYSTEM_SITE=1: an environment made by $(PYTHON) sees no torch. Name the interpreter whose own" >&2; \
-	  echo "site-packages hold it (not one inside another virtual environment), or leave SYSTEM_SITE out." >&2; exit 2; })
+	  echo "site-packages hold it (not one inside another virtual environment), or leave SYSTEM_SITE out." >&2; exit 2; }
 	@$(if $(CONSTRAINTS),grep -v $(if $(TORCH)$(SYSTEM_SITE),'^torch==',-x '') $(CONSTRAINTS),true) > $(VENV)/constraints.txt
 	@echo "Installing into $(VENV): some minutes the first time, torch is large."
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt $(if $(TORCH),'$(TORCH)') -e '.[test]'
