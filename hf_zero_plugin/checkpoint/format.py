@@ -167,17 +167,3 @@ def newest_tag(directory: Path) -> str | None:
         return latest.read_text().strip()
     steps = [d.name for d in directory.glob("global_step*") if d.is_dir() and d.name[11:].isdigit()]
     return max(steps, key=lambda name: int(name[11:]), default=None)
-
-
-def iter_ranges(places: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Merge touching [start, end) ranges, in order."""
-    current: tuple[int, int] | None = None
-    for start, end in sorted(places):
-        if current is not None and start <= current[1]:
-            current = (current[0], max(current[1], end))
-            continue
-        if current is not None:
-            yield current
-        current = (start, end)
-    if current is not None:
-        yield current

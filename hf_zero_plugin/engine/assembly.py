@@ -52,6 +52,25 @@ class Assembly:
     doors: Doors | None = None
     gather_group: dist.ProcessGroup | None = None
 
+    @property
+    def param_ids(self) -> set[int]:
+        return {id(param) for param in self.params}
+
+    def publish_masters(self) -> None:
+        """Write the masters into the weights, on all ranks: after they were loaded or set. Collective."""
+        if self.masters is None or self.weights is None:
+            return
+        self.masters.write_weights()
+        if self.sharding.gathers_weights:
+            for layout, flat in zip(self.layouts, self.weights.flats):
+                low, high = layout.shard_range(self.sharding.shard)
+                dist.all_gather_into_tensor(flat, flat[low:high].clone(), group=self.gather_group)
+
+    def states_changed(self) -> None:
+        """Somebody wrote to masters or states directly: drop copies made ahead of time."""
+        for home in self.masters.homes if self.masters is not None else []:
+            home.forget_prefetched()
+
     def close(self) -> None:
         if self.masters is not None:
             self.masters.synchronize()

@@ -179,8 +179,7 @@ def load_engine(
         _check_params(engine, reader, directory, strict)
         _load_pieces(engine, reader, optimizer_states)
         reader.close()
-        engine.parts.masters.write_weights()
-        _gather_all(engine)
+        engine.parts.publish_masters()
     client = torch.load(directory / CLIENT_FILE, map_location="cpu", weights_only=False)
     if optimizer_states:
         _restore_counts(engine, state)
@@ -241,15 +240,6 @@ def _load_pieces(engine: ZeroEngine, reader: ShardReader, optimizer_states: bool
                     )
                 gathered[kind][offset : offset + end - start] = values
         home.load(index, gathered)
-
-
-def _gather_all(engine: ZeroEngine) -> None:
-    sharding, weights = engine.parts.sharding, engine.parts.weights
-    if not sharding.gathers_weights or weights is None:
-        return
-    for layout, flat in zip(engine.parts.layouts, weights.flats):
-        low, high = layout.shard_range(sharding.shard)
-        dist.all_gather_into_tensor(flat, flat[low:high].clone(), group=engine.group)
 
 
 def _restore_counts(engine: ZeroEngine, state: dict[str, Any]) -> None:

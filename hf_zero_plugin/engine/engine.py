@@ -28,6 +28,7 @@ from hf_zero_plugin.engine.checkpointing import load_engine, save_engine
 from hf_zero_plugin.engine.grad_norm import grad_stats
 from hf_zero_plugin.engine.loss_scaler import LossScaler
 from hf_zero_plugin.engine.master_weights import StepInputs
+from hf_zero_plugin.engine.registry import register, unregister
 from hf_zero_plugin.engine.schedules import build_scheduler
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
 
@@ -86,6 +87,12 @@ class ZeroEngine(nn.Module):
         self._defers_reduction = False
         self._grad_norm: float | None = None
         self._destroyed = False
+        register(self)
+        self._reload_hook = module.register_load_state_dict_post_hook(self._on_state_dict_loaded)
+
+    def _on_state_dict_loaded(self, module: nn.Module, incompatible_keys: Any) -> None:
+        if not self._destroyed:
+            self.refresh_master_weights()
 
     def _make_scheduler(self, given: Any) -> Any:
         if self.optimizer is None:
@@ -225,6 +232,11 @@ class ZeroEngine(nn.Module):
         if self.parts.masters is not None:
             self.parts.masters.synchronize()
 
+    def refresh_master_weights(self) -> None:
+        """The weights were changed from outside: make the masters agree; optimizer states stay."""
+        if self.parts.masters is not None:
+            self.parts.masters.refresh_from_weights()
+
     def memory_report(self) -> dict[str, dict[str, int]]:
         """Bytes of this rank by place ("device", "host") and kind."""
         return self.parts.memory_report()
@@ -314,6 +326,8 @@ class ZeroEngine(nn.Module):
         """Finish pending work and remove every hook, thread and page lock; the module stays usable."""
         if not self._destroyed:
             self._destroyed = True
+            unregister(self)
+            self._reload_hook.remove()
             self.parts.close()
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

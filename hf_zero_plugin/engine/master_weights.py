@@ -81,6 +81,9 @@ class Home:
     def prefetch(self) -> None:
         """A step follows the backward pass that begins now: fetch what it will need first."""
 
+    def forget_prefetched(self) -> None:
+        """States were written from outside: what was fetched ahead is stale."""
+
     @property
     def skips_on_device(self) -> bool:
         return self.context.rule.skips_on_device
@@ -225,7 +228,13 @@ class MasterWeights:
         """Somebody changed the weights: take them as the new masters, keep the states."""
         self.synchronize()
         for home, index, piece in self.pieces():
-            home.load(index, {"master": home.context.weight_of(piece).float()})
+            weight, master = home.context.weight_of(piece), home.tensors(index)["master"].view(-1)
+            if weight.data_ptr() == master.data_ptr():
+                continue
+            # An element that still is the narrowed master keeps the master's extra bits.
+            given = weight.to(master.device)
+            kept = torch.where(given == master.to(given.dtype), master, given.float())
+            home.load(index, {"master": kept})
 
     @torch.no_grad()
     def write_weights(self) -> None:

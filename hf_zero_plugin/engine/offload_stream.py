@@ -71,13 +71,13 @@ class StreamedHome(Home):
         group = self.context.groups[self.pieces[index].group]
         for row, name in enumerate(self.context.rule.state_names, start=1):
             slab[row].fill_(self.context.rule.initial_state(name, group))
-        self._forget_prefetched()
+        self.forget_prefetched()
 
     def prefetch(self) -> None:
         for index in range(min(len(self._slots), len(self.pieces))):
             self._fill(index)
 
-    def _forget_prefetched(self) -> None:
+    def forget_prefetched(self) -> None:
         for slot in self._slots:
             slot.holds = None
 
@@ -140,7 +140,7 @@ class StreamedHome(Home):
 
     def load(self, index: int, tensors: dict[str, Tensor]) -> None:
         super().load(index, tensors)
-        self._forget_prefetched()
+        self.forget_prefetched()
 
     def close(self) -> None:
         self.synchronize()

@@ -1,0 +1,129 @@
+"""Reading and writing the fp32 master, the gradient and the optimizer states of one named parameter.
+
+"local" is this rank's slice, flat, shape (n,), n may be 0; "full" is the whole parameter in its own shape, gathered
+from all ranks (collective: every rank must call, in the same order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_zero_plugin.engine.buckets import BucketLayout, Slot
+from hf_zero_plugin.engine.registry import engines_of
+
+if TYPE_CHECKING:
+    from hf_zero_plugin.engine.engine import ZeroEngine
+
+__all__ = ["full_grad", "full_state", "local_grad", "local_state", "set_full_state", "set_local_state"]
+
+
+def _find(param: nn.Parameter) -> tuple[ZeroEngine, BucketLayout, Slot] | None:
+    for engine in engines_of([param]):
+        for layout in engine.parts.layouts:
+            for slot in layout.slots:
+                if engine.parts.params[slot.spec.index] is param:
+                    return engine, layout, slot
+    return None
+
+
+def _slices(engine: ZeroEngine, layout: BucketLayout, slot: Slot, kind: str) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (start, end, tensor) of this rank's parts of a state, in elements of the parameter."""
+    assert engine.parts.masters is not None
+    for home, index, piece in engine.parts.masters.pieces():
+        start, end = max(piece.start, slot.start), min(piece.end, slot.end)
+        if piece.bucket == layout.index and start < end:
+            tensors = home.tensors(index)
+            if kind in tensors:
+                flat = tensors[kind].reshape(-1)
+                yield start - slot.start, end - slot.start, flat[start - piece.start : end - piece.start]
+
+
+def local_state(param: nn.Parameter, kind: str) -> Tensor | None:
+    """This rank's slice of "master" or an optimizer state, fp32 on the host or device where it lives; a copy."""
+    found = _find(param)
+    if found is None:
+        return None
+    engine, layout, slot = found
+    engine.synchronize()
+    parts = [tensor for _, _, tensor in _slices(engine, layout, slot, kind)]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def full_state(param: nn.Parameter, kind: str) -> Tensor | None:
+    """The whole "master" or optimizer state in the parameter's shape, fp32, on the engine's device."""
+    found = _find(param)
+    if found is None:
+        return None
+    engine, layout, slot = found
+    engine.synchronize()
+    out = torch.zeros(slot.spec.numel, device=engine.device)
+    for start, end, tensor in _slices(engine, layout, slot, kind):
+        out[start:end] = tensor.to(engine.device)
+    if engine.parts.sharding.num_shards > 1:
+        dist.all_reduce(out, group=engine.group)
+    return out.view(slot.spec.shape)
+
+
+def set_local_state(param: nn.Parameter, value: Tensor, kind: str) -> None:
+    found = _find(param)
+    if found is None:
+        return
+    engine, layout, slot = found
+    engine.synchronize()
+    offset = 0
+    for start, end, tensor in _slices(engine, layout, slot, kind):
+        tensor.copy_(value.reshape(-1)[offset : offset + end - start])
+        offset += end - start
+    _publish(engine, kind)
+
+
+def set_full_state(param: nn.Parameter, value: Tensor, kind: str) -> None:
+    """Overwrite the whole master or state; every rank must call with the same value."""
+    found = _find(param)
+    if found is None:
+        return
+    engine, layout, slot = found
+    engine.synchronize()
+    for start, end, tensor in _slices(engine, layout, slot, kind):
+        tensor.copy_(value.reshape(-1)[start:end])
+    _publish(engine, kind)
+
+
+def _publish(engine: ZeroEngine, kind: str) -> None:
+    engine.parts.states_changed()
+    if kind == "master":
+        engine.parts.publish_masters()
+
+
+def local_grad(param: nn.Parameter) -> Tensor | None:
+    """This rank's slice of the reduced gradient between backward and step, loss scale taken out, fp32, flat."""
+    found = _find(param)
+    if found is None or found[0].parts.grads is None:
+        return None
+    engine, layout, slot = found
+    low, high = layout.shard_range(engine.parts.sharding.shard)
+    start, end = max(low, slot.start), min(high, slot.end)
+    shard = engine.parts.grads.shard(layout.index)
+    return shard[start - low : max(start, end) - low].float() / engine.loss_scale
+
+
+def full_grad(param: nn.Parameter) -> Tensor | None:
+    """The whole reduced gradient between backward and step, in the parameter's shape, fp32."""
+    found = _find(param)
+    local = local_grad(param)
+    if found is None or local is None:
+        return None
+    engine, layout, slot = found
+    low, _ = layout.shard_range(engine.parts.sharding.shard)
+    out = torch.zeros(slot.spec.numel, device=engine.device)
+    start = max(low, slot.start) - slot.start
+    if local.numel():
+        out[start : start + local.numel()] = local
+    if engine.parts.sharding.num_shards > 1:
+        dist.all_reduce(out, group=engine.group)
+    return out.view(slot.spec.shape)

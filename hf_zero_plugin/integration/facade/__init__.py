@@ -1,0 +1,1 @@
+"""Holds the package that answers for ``import deepspeed`` while the plugin is active."""

@@ -1,0 +1,3 @@
+from hf_zero_plugin.integration.accelerator import get_accelerator
+
+__all__ = ["get_accelerator"]

@@ -1,0 +1,3 @@
+DEEPSPEED_ENVIRONMENT_NAME = ".hf_zero_env"
+
+__all__ = ["DEEPSPEED_ENVIRONMENT_NAME"]

@@ -1,0 +1,3 @@
+from hf_zero_plugin.integration.optimizer_names import DeepSpeedCPUAdagrad
+
+__all__ = ["DeepSpeedCPUAdagrad"]

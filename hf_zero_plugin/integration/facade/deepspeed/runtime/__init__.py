@@ -1,0 +1,3 @@
+from . import engine, lr_schedules, zero
+
+__all__ = ["engine", "lr_schedules", "zero"]

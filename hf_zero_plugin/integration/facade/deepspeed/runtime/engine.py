@@ -1,0 +1,3 @@
+from hf_zero_plugin.engine.engine import ZeroEngine as DeepSpeedEngine
+
+__all__ = ["DeepSpeedEngine"]

@@ -1,0 +1,3 @@
+from hf_zero_plugin.engine.schedules import VALID_LR_SCHEDULES
+
+__all__ = ["VALID_LR_SCHEDULES"]

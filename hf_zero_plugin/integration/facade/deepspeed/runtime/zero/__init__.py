@@ -1,0 +1,3 @@
+from . import partition_parameters
+
+__all__ = ["partition_parameters"]

@@ -1,0 +1,143 @@
+"""Small repairs of transformers and accelerate, applied right after their modules load. Each says what it mends.
+
+A repair wraps one function, keeps its signature, and does nothing where this engine is not used.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+from typing import Any
+
+from hf_zero_plugin.integration.cpu_ranks import repair_partial_state
+
+__all__ = [
+    "repair_accelerate_plugin",
+    "repair_accelerate_state",
+    "repair_trainer",
+    "repair_training_args",
+    "repair_transformers_deepspeed",
+]
+
+_DEEPSPEED_VARIABLE = "ACCELERATE_USE_DEEPSPEED"
+_set_by_launcher = os.environ.get(_DEEPSPEED_VARIABLE)
+
+
+def repair_transformers_deepspeed(module: ModuleType) -> None:
+    """The Trainer's config object: checked when it is made, resolved without holes, never half filled.
+
+    Mends: unknown keys pass silently; an absent ``gradient_clipping`` drops max_grad_norm; an absent
+    ``gradient_accumulation_steps`` becomes 1; ``--bf16`` without a bf16 section stays fp32; no ``stage`` is a KeyError
+    at the first save; offload swaps any optimizer for a CPU Adam; ``warmup_num_steps: 0`` does not start.
+    """
+    from hf_zero_plugin.config.auto import ModelFacts, TrainingFacts, dict_for_trainer, resolve
+    from hf_zero_plugin.config.load import load_config
+
+    cls = module.HfTrainerDeepSpeedConfig
+    make, process = cls.__init__, cls.trainer_config_process
+
+    def __init__(self: Any, config_file_or_dict: Any) -> None:
+        previous = module._hf_deepspeed_config_weak_ref
+        holder = previous() if previous is not None else None
+        known = holder is not None and getattr(holder, "config", None) is config_file_or_dict
+        # The Trainer rebuilds its config from the filled dict when it searches for a batch size: start from what
+        # the user wrote.
+        loaded = holder.zero_loaded if known and hasattr(holder, "zero_loaded") else load_config(config_file_or_dict)
+        make(self, dict_for_trainer(loaded))
+        self.zero_loaded = loaded
+        self.zero_resolved = None
+
+    @functools.wraps(process)
+    def trainer_config_process(self: Any, args: Any, auto_find_batch_size: bool = False) -> None:
+        resolve(self.zero_loaded, TrainingFacts.of(args))  # raises what is wrong before anything is built
+        process(self, args, auto_find_batch_size)
+        self.mismatches.clear()
+
+    def trainer_config_finalize(self: Any, args: Any, model: Any, num_training_steps: int) -> None:
+        facts = TrainingFacts.of(args, num_training_steps=num_training_steps or None)
+        model_facts = ModelFacts.of(model.config) if hasattr(model, "config") else None
+        self.zero_resolved = resolve(self.zero_loaded, facts, model_facts)
+        # The dict object is shared with accelerate's plugin: change it in place.
+        resolved = self.zero_resolved.as_ds_dict()
+        self.config.clear()
+        self.config.update(resolved)
+        self.set_stage_and_offload()
+
+    cls.__init__ = __init__
+    cls.trainer_config_process = trainer_config_process
+    cls.trainer_config_finalize = trainer_config_finalize
+
+
+def repair_training_args(module: ModuleType) -> None:
+    """TrainingArguments: a process group for a lone process, and no DeepSpeed where none was asked for.
+
+    Mends: with two visible GPUs and no launcher the Trainer takes DataParallel and never reaches the engine; an
+    earlier Accelerator leaves ACCELERATE_USE_DEEPSPEED in the environment, and arguments without ``deepspeed`` then
+    train under an empty stage 2 config.
+    """
+    from hf_zero_plugin.integration.comm import describe_single_process
+
+    cls = module.TrainingArguments
+    post_init = cls.__post_init__
+
+    @functools.wraps(post_init)
+    def __post_init__(self: Any) -> None:
+        if self.deepspeed:
+            describe_single_process()
+        elif _set_by_launcher is None:
+            os.environ.pop(_DEEPSPEED_VARIABLE, None)
+        post_init(self)
+
+    cls.__post_init__ = __post_init__
+
+
+def repair_trainer(module: ModuleType) -> None:
+    """Trainer: a second ``train()``, and evaluation before training at any stage.
+
+    Mends: ``train`` wraps the engine of the train before it, which is destroyed by then; ``evaluate`` and ``predict``
+    without training raise "ZeRO inference only makes sense with ZeRO Stage 3", and drop the optimizer section, so
+    that a later ``train`` has none.
+    """
+    from hf_zero_plugin.engine.engine import ZeroEngine
+
+    cls = module.Trainer
+    train, init = cls.train, module.deepspeed_init
+
+    @functools.wraps(train)
+    def train_again(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.model_wrapped, ZeroEngine):
+            self.model_wrapped = self.model
+        return train(self, *args, **kwargs)
+
+    @functools.wraps(init)
+    def deepspeed_init(trainer: Any, num_training_steps: int, inference: bool = False) -> tuple[Any, Any]:
+        if not inference:
+            return init(trainer, num_training_steps, inference)
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        plugin.hf_ds_config.trainer_config_finalize(trainer.args, trainer.model, num_training_steps)
+        return None, None
+
+    cls.train = train_again
+    module.deepspeed_init = deepspeed_init
+
+
+def repair_accelerate_plugin(module: ModuleType) -> None:
+    """accelerate's DeepSpeedPlugin without a Trainer: a process group for a lone process, the optimizer as given."""
+    from hf_zero_plugin.integration.comm import describe_single_process
+
+    cls = module.DeepSpeedPlugin
+    post_init = cls.__post_init__
+
+    @functools.wraps(post_init)
+    def __post_init__(self: Any) -> None:
+        describe_single_process()
+        post_init(self)
+        self.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+    cls.__post_init__ = __post_init__
+
+
+def repair_accelerate_state(module: ModuleType) -> None:
+    """Several CPU processes see each other: see ``cpu_ranks.py``."""
+    repair_partial_state(module)

@@ -1,0 +1,144 @@
+"""The ``deepspeed.zero`` names: gathering parameters, building sharded models, marking leaf modules.
+
+At stages 0 to 2 every rank holds whole parameters, so gathering means: wait for pending updates, let one rank change
+what it wants, give the change to the others and to the master weights.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_zero_plugin.engine.registry import engines_of
+
+__all__ = [
+    "GatheredParameters",
+    "Init",
+    "ZeroParamStatus",
+    "clone_tensors_for_torch_save",
+    "orig_torch_arange",
+    "register_external_parameter",
+    "set_z3_leaf_modules",
+    "unregister_external_parameter",
+    "zero_wrapper_for_fp_tensor_constructor",
+]
+
+orig_torch_arange = torch.arange
+
+
+def zero_wrapper_for_fp_tensor_constructor(fn: Any, *args: Any, **kwargs: Any) -> Any:
+    """Tensor constructors are not wrapped by this engine: returned as they are."""
+    return fn
+
+
+class ZeroParamStatus(enum.Enum):
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+def _parameters(params: Any) -> list[nn.Parameter]:
+    """Flatten a parameter, a module's parameters, or any iterable of them; None and duplicates are dropped."""
+    if params is None:
+        return []
+    if isinstance(params, Tensor):
+        params = [params]
+    seen: dict[int, nn.Parameter] = {}
+    for param in params:
+        if param is not None:
+            seen.setdefault(id(param), param)
+    return list(seen.values())
+
+
+class GatheredParameters:
+    """Context in which parameters are whole, up to date and may be changed.
+
+    Args:
+        params: a parameter, an iterable of parameters, None items allowed.
+        modifier_rank: the rank whose changes every rank takes over on exit; None means nobody changes anything.
+        enabled: false makes the context empty.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | nn.Parameter | None,
+        modifier_rank: int | None = None,
+        fwd_module: nn.Module | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.params = _parameters(params) if enabled else []
+        self.modifier_rank = modifier_rank
+
+    def __enter__(self) -> None:
+        for engine in engines_of(self.params):
+            engine.synchronize()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        if self.modifier_rank is None or exc_info[0] is not None or not self.params:
+            return
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for param in self.params:
+                dist.broadcast(param.data, src=self.modifier_rank)
+        for engine in engines_of(self.params):
+            engine.refresh_master_weights()
+
+
+class Init:
+    """``zero.Init``: transformers enters it around model construction at stage 3. See ``sharded_init.py``."""
+
+    def __init__(self, module: Any = None, *, config_dict_or_path: Any = None, enabled: bool = True, **_: Any) -> None:
+        self.enabled = enabled
+
+    def __enter__(self) -> Init:
+        from hf_zero_plugin.integration.comm import init_distributed
+
+        if self.enabled:
+            init_distributed()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        return None
+
+
+def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Nothing to do: parameters are found by identity, whichever module uses them."""
+
+
+def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Nothing to do, as for ``register_external_parameter``."""
+
+
+def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type | str], **_: Any) -> list[nn.Module]:
+    """Mark modules that stage 3 must shard as one unit; returns them."""
+    wanted = tuple(cls if isinstance(cls, str) else cls.__name__ for cls in leaf_module_classes)
+    found = [module for module in model.modules() if type(module).__name__ in wanted]
+    for module in found:
+        module._zero_leaf_module = True  # type: ignore[assignment]
+    return found
+
+
+def clone_tensors_for_torch_save(item: Any, device: str | torch.device = "cpu") -> Any:
+    """Copy every tensor of a nested structure, so that views of flat buckets are saved at their own size.
+
+    Tensors that are one tensor in the input (tied weights) stay one in the output: savers look for that.
+    """
+    done: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+
+    def clone(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            key = (value.data_ptr(), value.shape, value.dtype)
+            if key not in done or value.numel() == 0:
+                done[key] = value.detach().clone().to(device)
+            return done[key]
+        if isinstance(value, dict):
+            return type(value)((key, clone(part)) for key, part in value.items())
+        if isinstance(value, list | tuple):
+            return type(value)(clone(part) for part in value)
+        return value
+
+    return clone(item)
