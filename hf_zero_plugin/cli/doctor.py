@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
-_MARKS = {"ok": "", "warning": "warning", "broken": "BROKEN"}
-_STYLES = {"ok": "", "warning": "yellow", "broken": "bold red"}
+_MARKS = {"ok": "", "warning": "warning: ", "broken": "BROKEN: "}
+_STYLES = {"ok": "dim", "warning": "yellow", "broken": "bold red"}
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -63,28 +63,27 @@ def _print_table(report: dict[str, list[Fact]]) -> None:
 
     table = Table(box=None, pad_edge=False, show_header=False)
     for section, facts in report.items():
-        if not facts:
-            continue
-        table.add_row(Text(section, style="bold"))
+        if facts:
+            table.add_row(Text(section, style="bold"))
         for fact in facts:
-            remark = " ".join(filter(None, (_MARKS[fact.verdict], fact.remark)))
-            table.add_row(
-                Text("  " + fact.name), Text(_shown(fact)), Text(remark, style=_STYLES[fact.verdict] or "dim")
-            )
+            table.add_row(Text("  " + fact.name), Text(_shown(fact)), Text(_remark(fact), style=_STYLES[fact.verdict]))
     Console().print(table)
 
 
 def _print_lines(report: dict[str, list[Fact]]) -> None:
     for section, facts in report.items():
         for fact in facts:
-            remark = " ".join(filter(None, (_MARKS[fact.verdict], fact.remark)))
+            remark = _remark(fact)
             print(f"{section}: {fact.name}: {_shown(fact)}" + (f" ({remark})" if remark else ""))
 
 
+def _remark(fact: Fact) -> str:
+    return _MARKS[fact.verdict] + fact.remark
+
+
 def _shown(fact: Fact) -> str:
+    if fact.text:
+        return fact.text
     if isinstance(fact.value, bool):
         return "yes" if fact.value else "no"
-    if fact.value is None:
-        return "-"
-    # Sizes are told in the remark, in readable units.
-    return "" if isinstance(fact.value, int) and fact.value >= 2**20 else str(fact.value)
+    return "-" if fact.value is None else str(fact.value)

@@ -145,18 +145,19 @@ def engine_facts() -> list[Fact]:
     """Who answers ``import deepspeed``: asked in new processes, where nothing is loaded yet."""
     real = _version_of("deepspeed")
     ours = _probe("import hf_zero_plugin as h; h.activate(); import deepspeed; print(deepspeed.__version__)")
-    plain = f"deepspeed {real}" if real else "none: transformers refuses --deepspeed without hf-zero or activate()"
+    plain = f"deepspeed {real}" if real else "nothing"
+    plain_remark = "" if real else "transformers refuses it; hf-zero run or activate() make it work"
     ours_ok = ours.returncode == 0
-    answer = f"hf_zero_plugin (as deepspeed {ours.stdout.split()[-1]})" if ours_ok else "nothing"
+    answer = f"hf_zero_plugin {hf_zero_plugin.__version__}" if ours_ok else "nothing"
     return [
         Fact("deepspeed installed", real, "the real one" if real else "not installed, not needed"),
         Fact(
-            "--deepspeed under hf-zero run",
+            "--deepspeed, hf-zero run",
             answer,
-            "" if ours_ok else (ours.stderr.strip().splitlines() or ["the check failed"])[-1],
+            f"as deepspeed {ours.stdout.split()[-1]}" if ours_ok else _last_line(ours.stderr),
             "ok" if ours_ok else "broken",
         ),
-        Fact("--deepspeed in plain python", plain),
+        Fact("--deepspeed, plain python", plain, plain_remark),
     ]
 
 
@@ -263,6 +264,10 @@ def _probe(code: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"no answer within {_PROBE_TIMEOUT_S} s")
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["the check failed without a word"])[-1]
 
 
 def _gib(num_bytes: int) -> str:
