@@ -91,14 +91,10 @@ def _as_dict(given: Any) -> dict[str, Any]:
 
 
 def _resolved_by_trainer(given: Any) -> ResolvedConfig | None:
-    """What the Trainer's own config object resolved to, if ``given`` is that object's live dict."""
-    from transformers.integrations import deepspeed as seam
+    """What the Trainer's config object resolved to, if ``given`` is the very dict it filled."""
+    from hf_zero_plugin.integration.repairs import resolved_of
 
-    reference = getattr(seam, "_hf_deepspeed_config_weak_ref", None)
-    holder = reference() if reference is not None else None
-    if holder is None or holder.config is not given:
-        return None
-    return getattr(holder, "zero_resolved", None)
+    return resolved_of(given) if isinstance(given, dict) else None
 
 
 def _groups(

@@ -18,10 +18,20 @@ __all__ = [
     "repair_trainer",
     "repair_training_args",
     "repair_transformers_deepspeed",
+    "resolved_of",
 ]
 
 _DEEPSPEED_VARIABLE = "ACCELERATE_USE_DEEPSPEED"
 _set_by_launcher = os.environ.get(_DEEPSPEED_VARIABLE)
+
+_resolved: list[tuple[dict[str, Any], Any]] = []
+"""The newest dicts that a Trainer has filled, and what they resolved to. accelerate copies the object around the dict,
+so the dict itself is what identifies a configuration."""
+
+
+def resolved_of(config: dict[str, Any]) -> Any | None:
+    """The ResolvedConfig that ``config`` was filled from, if a Trainer filled this very object."""
+    return next((resolved for known, resolved in _resolved if known is config), None)
 
 
 def repair_transformers_deepspeed(module: ModuleType) -> None:
@@ -63,6 +73,7 @@ def repair_transformers_deepspeed(module: ModuleType) -> None:
         self.config.clear()
         self.config.update(resolved)
         self.set_stage_and_offload()
+        _resolved[:] = [(self.config, self.zero_resolved), *_resolved[:3]]
 
     cls.__init__ = __init__
     cls.trainer_config_process = trainer_config_process
