@@ -7,11 +7,13 @@ torch is loaded, and ``--overwrite_output_dir``, which transformers 5 removed an
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from hf_zero_plugin.cli.console import note
+from hf_zero_plugin.integration.removed_flags import OVERWRITE_VARIABLE
 
 __all__ = ["check_deepspeed_config", "deepspeed_value", "drop_removed_flags"]
 
@@ -64,6 +66,7 @@ def drop_removed_flags(script_args: list[str], script: Path | None) -> list[str]
         return script_args
     if _transformers_major() < 5 or (script is not None and _script_defines_overwrite(script)):
         return script_args
+    os.environ[OVERWRITE_VARIABLE] = "1"
     kept: list[str] = []
     after_flag = False
     for argument in script_args:

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import cast
 
 import pytest
 
 from hf_zero_plugin.cli import script_args
 from hf_zero_plugin.cli.script_args import deepspeed_value, drop_removed_flags
+from hf_zero_plugin.integration.removed_flags import OVERWRITE_VARIABLE, restore_overwrite_output_dir
 
 from .conftest import Run, clean_environment
 
@@ -129,6 +132,9 @@ if __name__ == "__main__":
 @pytest.fixture
 def transformers_5(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script_args, "_transformers_major", lambda: 5)
+    # Set and then deleted, so that what a test writes there is undone.
+    monkeypatch.setenv(OVERWRITE_VARIABLE, "")
+    monkeypatch.delenv(OVERWRITE_VARIABLE)
 
 
 @pytest.mark.usefixtures("transformers_5")
@@ -166,3 +172,11 @@ class TestOverwriteOutputDir:
     def test_older_transformers_keep_it(self, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(script_args, "_transformers_major", lambda: 4)
         assert drop_removed_flags(list(self.ARGUMENTS), tmp_path / script("")) == list(self.ARGUMENTS)
+
+    def test_old_scripts_may_still_read_it(self, script: Script, tmp_path: Path) -> None:
+        module = SimpleNamespace(TrainingArguments=type("TrainingArguments", (), {}))
+        restore_overwrite_output_dir(cast(ModuleType, module))
+        assert not hasattr(module.TrainingArguments, "overwrite_output_dir")
+        drop_removed_flags(list(self.ARGUMENTS), tmp_path / script(""))
+        restore_overwrite_output_dir(cast(ModuleType, module))
+        assert module.TrainingArguments.overwrite_output_dir is True
