@@ -18,9 +18,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from hf_zero_plugin.config.batch import batch_problem, derive_batch
 from hf_zero_plugin.config.build import build_settings
 from hf_zero_plugin.config.checks import (
-    batch_problem,
     cross_problems,
     cross_warnings,
     mismatches,
@@ -29,13 +29,14 @@ from hf_zero_plugin.config.checks import (
 from hf_zero_plugin.config.entries import list_entries
 from hf_zero_plugin.config.facts import ModelFacts, TrainingFacts
 from hf_zero_plugin.config.fields import AUTO
-from hf_zero_plugin.config.fill import Fill, all_fills, is_present, put, remaining_autos
+from hf_zero_plugin.config.fill import Fill, all_fills, remaining_autos
 from hf_zero_plugin.config.load import LoadedConfig, load_config
+from hf_zero_plugin.config.paths import is_present, lookup, put
 from hf_zero_plugin.config.problems import Problem, raise_problems
 from hf_zero_plugin.config.resolved import Entry, ResolvedConfig, drop_own_autos
 from hf_zero_plugin.config.schema import DsConfig
 from hf_zero_plugin.config.settings import EngineSettings
-from hf_zero_plugin.config.validate import lookup, refusals, schema_problems
+from hf_zero_plugin.config.validate import refusals, schema_problems
 
 __all__ = [
     "Entry",
@@ -72,30 +73,43 @@ class Examination:
         )
 
 
-def resolve(loaded: LoadedConfig, args: TrainingFacts | None = None, model: ModelFacts | None = None) -> ResolvedConfig:
+def resolve(
+    loaded: LoadedConfig,
+    args: TrainingFacts | None = None,
+    model: ModelFacts | None = None,
+    *,
+    world_size: int | None = None,
+) -> ResolvedConfig:
     """Replace every "auto", inherit absent keys, check what has to agree.
 
     Args:
         loaded: the user's configuration.
         args: None when there is no Trainer; then "auto" is an error, and absent keys take DeepSpeed's defaults.
         model: None while the model is unknown; sizes that depend on it then take their defaults.
+        world_size: ranks, to derive batch sizes by; only needed without ``args``.
 
     Raises:
         ConfigError: with every mistake found, in the order of the file.
     """
-    return examine(loaded, args, model).resolved()
+    return examine(loaded, args, model, world_size=world_size).resolved()
 
 
-def resolve_dict(config: dict[str, Any]) -> EngineSettings:
+def resolve_dict(config: dict[str, Any], *, world_size: int | None = None) -> EngineSettings:
     """Settings from a dict that somebody else has filled in already.
 
     Raises:
         ConfigError: a mistake, or an "auto" that is left; every one of them is named.
     """
-    return resolve(load_config(_without_traces_of_accelerate(config))).settings
+    return resolve(load_config(_without_traces_of_accelerate(config)), world_size=world_size).settings
 
 
-def examine(loaded: LoadedConfig, args: TrainingFacts | None, model: ModelFacts | None) -> Examination:
+def examine(
+    loaded: LoadedConfig,
+    args: TrainingFacts | None,
+    model: ModelFacts | None,
+    *,
+    world_size: int | None = None,
+) -> Examination:
     """As ``resolve``, but mistakes are returned beside the entries, to be shown together."""
     filled = copy.deepcopy(loaded.config)
     sources: dict[str, str] = {}
@@ -103,13 +117,14 @@ def examine(loaded: LoadedConfig, args: TrainingFacts | None, model: ModelFacts 
     warnings = [*loaded.warnings]
     fills: dict[str, Fill] = {}
 
-    batch = batch_problem(loaded.config, args.world_size if args else None)
+    batch = batch_problem(loaded.config, args.world_size if args else world_size)
     if batch is not None:
         problems.append(batch)
     if args is None:
         problems += [_left_over(path) for path in remaining_autos(filled)]
         problems += unknown_totals(filled)
-        _derive_batch(filled, sources)
+        sources, underivable = derive_batch(filled, world_size)
+        problems += underivable
     else:
         fills = all_fills(_with_stage(loaded.config), args, model)
         differing, hints = mismatches(loaded.config, fills, args)
@@ -175,16 +190,6 @@ def _fill_in(filled: dict[str, Any], fills: dict[str, Fill]) -> dict[str, str]:
                 put(filled, path, fill.value)
             sources[path] = fill.source
     return sources
-
-
-def _derive_batch(filled: dict[str, Any], sources: dict[str, str]) -> None:
-    """Without a Trainer: accumulation is 1 unless the file says more."""
-    if not is_present(filled, "$.gradient_accumulation_steps"):
-        total, micro = filled.get("train_batch_size"), filled.get("train_micro_batch_size_per_gpu")
-        alone = isinstance(total, int) and isinstance(micro, int)
-        if not alone:
-            filled["gradient_accumulation_steps"] = 1
-            sources["$.gradient_accumulation_steps"] = "default"
 
 
 def _left_over(path: str) -> Problem:

@@ -38,7 +38,7 @@ def build_settings(config: DsConfig) -> EngineSettings:
         check_grad_overflow=config.bf16.check_grad_overflow,
         train_batch_size=config.train_batch_size,
         train_micro_batch_size_per_gpu=config.train_micro_batch_size_per_gpu,
-        gradient_accumulation_steps=config.gradient_accumulation_steps or _accumulation(config),
+        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
         grad_accum_dtype=config.data_types.grad_accum_dtype,
         gradient_clipping=config.gradient_clipping,
         prescale_gradients=config.prescale_gradients,
@@ -63,13 +63,6 @@ def build_settings(config: DsConfig) -> EngineSettings:
         wall_clock_breakdown=config.wall_clock_breakdown,
         memory_breakdown=config.memory_breakdown,
     )
-
-
-def _accumulation(config: DsConfig) -> int:
-    """Only without a Trainer and without ranks: all of the batch that is not in a micro-batch."""
-    if config.train_batch_size and config.train_micro_batch_size_per_gpu:
-        return max(1, config.train_batch_size // config.train_micro_batch_size_per_gpu)
-    return 1
 
 
 def _loss_scale(config: DsConfig) -> LossScaleSettings:
@@ -118,9 +111,9 @@ def _typed(config: DsConfig, kind: str, settings: type[Any]) -> Any:
     model = cast(type[Section], params_model(kind, node.type))
     typed = model.model_validate(node.params)
     passed = {}
-    for name in typed.model_fields_set:
-        ruling = ruling_of(model.model_fields[name])
-        value = getattr(typed, name)
-        if ruling is not None and ruling.verdict == "applied" and value is not None:
+    for name, field in model.model_fields.items():
+        ruling, value = ruling_of(field), getattr(typed, name)
+        was_given = name in typed.model_fields_set and value is not None
+        if was_given and ruling is not None and ruling.verdict == "applied":
             passed[name] = value
     return settings(type=node.type, params=passed)

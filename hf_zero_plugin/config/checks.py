@@ -7,12 +7,12 @@ from typing import Any
 
 from hf_zero_plugin.config.facts import TrainingFacts
 from hf_zero_plugin.config.fields import AUTO
-from hf_zero_plugin.config.fill import ADAM_FAMILY, Fill, is_present
+from hf_zero_plugin.config.fill import ADAM_FAMILY, Fill
+from hf_zero_plugin.config.paths import is_present, lookup, show
 from hf_zero_plugin.config.problems import Problem
 from hf_zero_plugin.config.schema import DsConfig
-from hf_zero_plugin.config.validate import lookup, show
 
-__all__ = ["batch_problem", "cross_problems", "cross_warnings", "mismatches"]
+__all__ = ["cross_problems", "cross_warnings", "mismatches", "unknown_totals"]
 
 _Z = "$.zero_optimization"
 
@@ -54,31 +54,6 @@ def _agree(path: str, ours: Any, theirs: Any) -> bool:
     if isinstance(ours, (list, tuple)):
         return list(ours) == list(theirs)
     return bool(ours == theirs)
-
-
-def batch_problem(config: dict[str, Any], world_size: int | None) -> Problem | None:
-    """The three batch sizes of the file, if it has all of them, do not multiply out."""
-    total, micro, steps = (
-        lookup(config, f"$.{name}")
-        for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    )
-    if not all(isinstance(number, (int, float)) for number in (total, micro, steps)):
-        return None
-    product = micro * steps
-    if world_size is None:
-        fits, formula = total % product == 0, f"a multiple of {int(product)}"
-    else:
-        fits, formula = total == product * world_size, f"{int(product * world_size)}"
-    if fits:
-        return None
-    ranks = "the number of ranks" if world_size is None else f"{world_size} ranks"
-    return Problem(
-        path="$.train_batch_size",
-        what=f"{int(total)} is not train_micro_batch_size_per_gpu {int(micro)} x "
-        f"gradient_accumulation_steps {int(steps)} x {ranks}",
-        why=f"A step takes exactly these samples, so it has to be {formula}.",
-        fix='Correct one of the three, or remove train_batch_size (or set it to "auto").',
-    )
 
 
 def cross_problems(model: DsConfig, sources: dict[str, str]) -> Iterator[Problem]:

@@ -6,11 +6,11 @@ from typing import Any
 
 from hf_zero_plugin.config.facts import TrainingFacts
 from hf_zero_plugin.config.fields import AUTO, Verdict
-from hf_zero_plugin.config.fill import Fill, is_present
+from hf_zero_plugin.config.fill import Fill
 from hf_zero_plugin.config.load import LoadedConfig
+from hf_zero_plugin.config.paths import is_present, lookup
 from hf_zero_plugin.config.resolved import Entry
 from hf_zero_plugin.config.schema import DsConfig, KnownKey, known_keys
-from hf_zero_plugin.config.validate import lookup
 
 __all__ = ["list_entries"]
 
@@ -72,7 +72,26 @@ def _verdict(key: KnownKey, value: Any, validated: DsConfig | None) -> tuple[Ver
         return "inert", idle
     if ruling.verdict == "refused":
         return ("applied", "") if ruling.otherwise == "applied" else ("inert", "Off; refused when asked for.")
-    return "applied", ruling.why
+    return "applied", _remark(key.path, value, validated)
+
+
+def _remark(path: str, value: Any, config: DsConfig | None) -> str:
+    """What is worth saying about this value."""
+    if path == "$.optimizer.type" and str(value).lower() == "adam" and config is not None and config.optimizer:
+        return "" if config.optimizer.params.get("adam_w_mode") is False else "AdamW, because adam_w_mode is not false."
+    if path == "$.zero_optimization.stage":
+        return _STAGES.get(value, "")
+    if path == "$.fp16.loss_scale":
+        return "dynamic" if value == 0 else "static"
+    return ""
+
+
+_STAGES = {
+    0: "nothing is sharded",
+    1: "optimizer states are sharded",
+    2: "optimizer states and gradients are sharded",
+    3: "optimizer states, gradients and weights are sharded",
+}
 
 
 def _idle(path: str, config: DsConfig) -> str:

@@ -47,6 +47,10 @@ class TrainingFacts:
             for item in fields(cls)
             if item.name not in ("num_training_steps", "given") and getattr(args, item.name, None) is not None
         }
+        if hasattr(args, "max_grad_norm") and args.max_grad_norm is None:
+            values["max_grad_norm"] = 0.0
+        if getattr(args, "warmup_ratio", None) and not values.get("warmup_steps"):
+            values["warmup_steps"] = float(args.warmup_ratio)  # an argument of its own in older releases
         for name in ("optim", "lr_scheduler_type"):
             if name in values:
                 values[name] = str(getattr(values[name], "value", values[name]))

@@ -17,11 +17,32 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
-__all__ = ["AUTO", "AutoAllowed", "Ruling", "Section", "applied", "inert", "refused", "ruling_of", "section"]
+__all__ = [
+    "AUTO",
+    "VARIANTS",
+    "AutoAllowed",
+    "Ruling",
+    "Section",
+    "Verdict",
+    "applied",
+    "inert",
+    "refused",
+    "ruling_of",
+    "section",
+]
 
 AUTO = "auto"
 Verdict = Literal["applied", "inert", "refused"]
@@ -134,6 +155,14 @@ class AutoAllowed:
         return {"anyOf": [{"const": AUTO}, handler(schema)]}
 
 
+VARIANTS = ("one", "list")
+"""Tags that pydantic puts into the place of an error for a value that may be one number or a list."""
+
+
+def _variant(value: Any) -> str:
+    return "list" if isinstance(value, list) else "one"
+
+
 def _whole(value: Any) -> Any:
     """5e8 -> 500000000; anything else is left to the strict validator."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -171,29 +200,34 @@ def _never(value: Any) -> Any:
 
 Whole = BeforeValidator(_whole)
 Integer = Annotated[int, Whole]
-Count = Annotated[int, Whole, Ge(0)]
-Positive = Annotated[int, Whole, Ge(1)]
+Count = Annotated[int, Ge(0), Whole]
+Positive = Annotated[int, Ge(1), Whole]
 NonNegative = Annotated[float, Ge(0)]
 AboveZero = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 Beta = Annotated[float, Ge(0), Lt(1)]
 Betas = Annotated[list[Beta], Field(min_length=2, max_length=2)]
 PrintEvery = Annotated[Positive | None, BeforeValidator(_never)]
-Stage = Annotated[int, Whole, Ge(0), Le(3)]
+Stage = Annotated[int, Ge(0), Le(3), Whole]
 Dtype = Annotated[Literal["fp16", "bf16", "fp32"], BeforeValidator(canonical_dtype)]
 HalfDtype = Annotated[Literal["fp16", "bf16"], BeforeValidator(canonical_dtype)]
 Device = Literal["none", "cpu", "nvme"]
 LowerCase = BeforeValidator(_lower)
+PerGroup = Annotated[
+    Annotated[NonNegative, Tag("one")] | Annotated[list[NonNegative], Tag("list")], Discriminator(_variant)
+]
+"""One number for all parameter groups of the optimizer, or a list with one for each."""
 Names = Annotated[list[str], BeforeValidator(_listed)]
 Opaque = dict[str, Any]
 """A section that is refused as a whole: what is in it is not looked at."""
 
 AutoFlag = Annotated[bool, AutoAllowed()]
-AutoPositive = Annotated[int, Whole, Ge(1), AutoAllowed()]
-AutoCount = Annotated[int, Whole, Ge(0), AutoAllowed()]
+AutoPositive = Annotated[int, Ge(1), Whole, AutoAllowed()]
+AutoCount = Annotated[int, Ge(0), Whole, AutoAllowed()]
 AutoNonNegative = Annotated[float, Ge(0), AutoAllowed()]
+AutoPerGroup = Annotated[PerGroup, AutoAllowed()]
 AutoShare = Annotated[float, Ge(0), Le(1), AutoAllowed()]
 AutoBetas = Annotated[list[Beta], Field(min_length=2, max_length=2), AutoAllowed()]
-AutoStage = Annotated[int, Whole, Ge(0), Le(3), AutoAllowed()]
+AutoStage = Annotated[int, Ge(0), Le(3), Whole, AutoAllowed()]
 AutoDevice = Annotated[Literal["none", "cpu", "nvme"], AutoAllowed()]
 AutoText = Annotated[str, AutoAllowed()]

@@ -13,10 +13,10 @@ from typing import Any
 
 from hf_zero_plugin.config.facts import ModelFacts, TrainingFacts
 from hf_zero_plugin.config.fields import AUTO
+from hf_zero_plugin.config.paths import lookup
 from hf_zero_plugin.config.schema import known_keys, params_model
-from hf_zero_plugin.config.validate import lookup
 
-__all__ = ["OWN_AUTO", "Fill", "all_fills", "is_present", "put", "remaining_autos"]
+__all__ = ["ADAM_FAMILY", "OWN_AUTO", "Fill", "all_fills", "remaining_autos"]
 
 OWN_AUTO = frozenset({"$.zero_optimization.offload_optimizer.ratio", "$.zero_optimization.offload_optimizer.step_on"})
 """Keys whose "auto" is a value that the engine understands."""
@@ -98,7 +98,12 @@ def _batch_fills(args: TrainingFacts) -> dict[str, Fill]:
 def _precision_fills(config: dict[str, Any], args: TrainingFacts) -> dict[str, Fill]:
     if lookup(config, "$.torch_autocast.enabled") is True:
         off = Fill(value=False, source="derived", note="torch_autocast keeps the weights in fp32.", inherited=True)
-        return {"$.fp16.enabled": off, "$.bf16.enabled": off, "$.amp.enabled": off}
+        dtype = Fill(
+            value="fp16" if args.fp16 else "bf16",
+            source=f"TrainingArguments.{'fp16' if args.fp16 else 'bf16'}" if args.fp16 or args.bf16 else "default",
+            inherited=True,
+        )
+        return {"$.fp16.enabled": off, "$.bf16.enabled": off, "$.torch_autocast.dtype": dtype}
     fills = {
         "$.amp.enabled": Fill(value=False, source="default"),
         "$.amp.opt_level": Fill(value="O1", source="default"),
@@ -193,24 +198,6 @@ def _zero_fills(config: dict[str, Any], model: ModelFacts | None) -> dict[str, F
             fill = Fill(value=formula(hidden), source="model", note=f"{words} ({hidden})")
         fills[f"{zero}.{name}"] = fill
     return fills
-
-
-def is_present(config: dict[str, Any], path: str) -> bool:
-    parent, _, name = path.rpartition(".")
-    node = config if parent == "$" else lookup(config, parent)
-    return isinstance(node, dict) and name in node
-
-
-def put(config: dict[str, Any], path: str, value: Any) -> None:
-    """Set the value at ``$.a.b``, making sections as needed; None removes the key."""
-    *sections, name = path.split(".")[1:]
-    node = config
-    for section in sections:
-        node = node.setdefault(section, {})
-    if value is None:
-        node.pop(name, None)
-    else:
-        node[name] = value
 
 
 def remaining_autos(config: dict[str, Any]) -> Iterator[str]:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_zero_plugin.config.problems import Position, Problem
+from hf_zero_plugin.config.problems import Position, Problem, did_you_mean
 
 __all__ = ["JsonSyntaxError", "ScannedJson", "scan_json"]
 
@@ -213,6 +213,9 @@ class _Scanner:
         if word and word.group() in _FOREIGN_WORDS:
             name = _FOREIGN_WORDS[word.group()]
             return f"{word.group()} is Python, not JSON.", f"Write {name}."
+        if word and expected == "a value":
+            near = did_you_mean(word.group(), ("true", "false", "null"))
+            return f"{word.group()} is not a JSON value.", f"Write {near}." if near else f'Write "{word.group()}".'
         if word and expected == "a key":
             return "Keys need double quotes in JSON.", f'Write "{word.group()}".'
         if not here:
@@ -224,6 +227,9 @@ class _Scanner:
             return "There is one comma too many.", "Remove the comma."
         if here[0] in '"{[' and expected == '","':
             return "Two items follow each other without a comma.", "Put a comma between them."
-        if here[0] in "0123456789.+-":
+        near_number = here[0] in "0123456789.+-" and (expected == "a value" or self.text[self.at - 1].isdigit())
+        if near_number:
             return "JSON numbers look like 1, -0.5 or 2e8.", "Write the number in that form."
-        return f"{here[0]!r} cannot stand here.", f"Put {expected} here, or remove it."
+        if expected == "the end":
+            return "One file holds one object.", "Remove what follows the last brace, or a brace that closes too early."
+        return f"{here[0]!r} cannot stand here.", f"Put {expected} before it, or remove it."

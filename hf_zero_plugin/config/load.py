@@ -15,7 +15,8 @@ from typing import Any
 
 from hf_zero_plugin.config.json_scan import JsonSyntaxError, scan_json
 from hf_zero_plugin.config.problems import Position, Problem, did_you_mean, raise_problems
-from hf_zero_plugin.config.validate import apply_renames, refusals, schema_problems
+from hf_zero_plugin.config.renames import apply_renames
+from hf_zero_plugin.config.validate import refusals, schema_problems
 from hf_zero_plugin.errors import ConfigError
 
 __all__ = ["LoadedConfig", "load_config"]
@@ -70,14 +71,24 @@ def _checked(
     allow_refused: bool,
 ) -> LoadedConfig:
     config = _without_nulls(copy.deepcopy(raw))
-    moved, warnings, renaming_problems = apply_renames(config)
-    positions = {**positions, **{new: positions[old] for new, old in moved.items() if old in positions}}
-    found = [*problems, *renaming_problems, *schema_problems(config)]
+    renaming = apply_renames(config)
+    positions = {**positions, **_moved_positions(positions, renaming.moved)}
+    found = [*problems, *renaming.problems, *schema_problems(config)]
     if found or not allow_refused:
         seen = {problem.path for problem in found}
         found += [problem for problem in refusals(config) if problem.path not in seen]
     raise_problems(origin, found, positions)
-    return LoadedConfig(raw=raw, config=config, origin=origin, positions=positions, warnings=tuple(warnings))
+    return LoadedConfig(raw=raw, config=config, origin=origin, positions=positions, warnings=tuple(renaming.warnings))
+
+
+def _moved_positions(positions: dict[str, Position], moved: dict[str, str]) -> dict[str, Position]:
+    """Positions of renamed keys, and of what is inside them, under their new names."""
+    return {
+        new + path[len(old) :]: position
+        for new, old in moved.items()
+        for path, position in positions.items()
+        if path == old or path.startswith(f"{old}.")
+    }
 
 
 def _without_nulls(config: dict[str, Any]) -> dict[str, Any]:

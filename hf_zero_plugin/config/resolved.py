@@ -6,7 +6,8 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hf_zero_plugin.config.fill import OWN_AUTO, put
+from hf_zero_plugin.config.fill import OWN_AUTO
+from hf_zero_plugin.config.paths import put
 from hf_zero_plugin.config.settings import EngineSettings
 
 __all__ = ["Entry", "ResolvedConfig"]

@@ -1,6 +1,6 @@
 """The whole of ds_config.json: every key DeepSpeed 0.19 knows, and what this engine does with it.
 
-``DsConfig`` validates; ``known_keys`` walks; ``json_schema`` is for editors.
+``DsConfig`` validates, ``known_keys`` walks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from hf_zero_plugin.config.schema_rest import (
 )
 from hf_zero_plugin.config.schema_zero import ZeroOptimization
 
-__all__ = ["RENAMED", "DsConfig", "KnownKey", "json_schema", "known_keys", "params_model", "section_models"]
+__all__ = ["DsConfig", "KnownKey", "known_keys", "params_model", "section_models", "section_of"]
 
 _REMOVE = "Remove the section."
 _NO_COMPRESSION = "It changes the model while it trains, and needs DeepSpeed's own modules."
@@ -183,10 +183,13 @@ class DsConfig(Section):
         None, "Growing sequence lengths.", why="The Trainer owns the data.", fix=f"{_REMOVE} Sort or cut your data set."
     )
     data_efficiency: Opaque | None = refused(
-        None, "Sampling and dropping of tokens.", why="The Trainer owns the data.", fix=f"{_REMOVE} Sample in your own."
+        None,
+        "Sampling and dropping of tokens.",
+        why="The Trainer owns the data.",
+        fix=f"{_REMOVE} Sample in your own code.",
     )
     autotuning: Opaque | None = refused(
-        None, "Search for the best configuration.", why="DeepSpeed's launcher does this.", fix=_REMOVE
+        None, "Search for the best configuration.", why="It is a feature of DeepSpeed's launcher.", fix=_REMOVE
     )
     datastates_ckpt: Opaque | bool | None = refused(
         None, "DataStates checkpoints.", why="Checkpoints are written by torch and safetensors.", fix=_REMOVE
@@ -200,35 +203,6 @@ class DsConfig(Section):
         why="Not built.",
         fix="Remove the key, or set it to false; --torch_compile uses torch's own compiler.",
     )
-
-
-_Z = "zero_optimization"
-RENAMED: dict[str, str] = {
-    "bfloat16": "bf16",
-    f"{_Z}.stage3_gather_fp16_weights_on_model_save": f"{_Z}.stage3_gather_16bit_weights_on_model_save",
-    **{
-        f"{_Z}.{name}": f"{_Z}.stage3_{name}"
-        for name in (
-            "prefetch_bucket_size",
-            "param_persistence_threshold",
-            "model_persistence_threshold",
-            "max_live_parameters",
-            "max_reuse_distance",
-            "gather_16bit_weights_on_model_save",
-            "module_granularity_threshold",
-            "use_all_reduce_for_fetch_params",
-            "allgather_sequential",
-        )
-    },
-}
-"""Other spellings that DeepSpeed takes -> the key that is meant; paths without ``$.``."""
-
-DEPRECATED: dict[str, str] = {
-    f"{_Z}.cpu_offload": "true means offload_optimizer.device cpu.",
-    f"{_Z}.cpu_offload_param": "true means offload_param.device cpu.",
-    f"{_Z}.cpu_offload_use_pin_memory": "pin_memory of both offload sections.",
-}
-"""Old switches that ``load`` turns into the offload sections."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,9 +288,3 @@ def section_models(config: dict[str, Any] | None = None) -> dict[str, type[Secti
         if params is not None:
             found[f"$.{kind}.params"] = params
     return found
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12), the old spellings included, for editors."""
-    schema = DsConfig.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -14,12 +14,14 @@ from hf_zero_plugin.config.fields import (
     AutoBetas,
     AutoCount,
     AutoNonNegative,
+    AutoPerGroup,
     AutoPositive,
     Beta,
     Count,
     Integer,
     NonNegative,
     Opaque,
+    PerGroup,
     Positive,
     Section,
     Share,
@@ -150,8 +152,8 @@ class _ScheduleParams(Section):
 
 
 class WarmupParams(_ScheduleParams):
-    warmup_min_lr: AutoNonNegative = applied(0.0, "Learning rate before the first step.")
-    warmup_max_lr: AutoNonNegative | None = applied(None, "Learning rate after the warm-up; the optimizer's if absent.")
+    warmup_min_lr: AutoPerGroup = applied(0.0, "Learning rate before the first step.")
+    warmup_max_lr: AutoPerGroup | None = applied(None, "Learning rate after the warm-up; the optimizer's if absent.")
     warmup_num_steps: AutoCount = applied(1000, "Steps of the warm-up; 0 works.", note="0 is an error in DeepSpeed.")
     warmup_type: _WARMUP_TYPE = applied("log", "Shape of the warm-up.")
 
@@ -172,8 +174,8 @@ _STAIRS = "The cycle is always continuous; it is in DeepSpeed as well."
 
 
 class OneCycleParams(_ScheduleParams):
-    cycle_min_lr: NonNegative = applied(..., "Lowest learning rate of the cycle.")
-    cycle_max_lr: NonNegative = applied(..., "Highest learning rate of the cycle.")
+    cycle_min_lr: PerGroup = applied(..., "Lowest learning rate of the cycle.")
+    cycle_max_lr: PerGroup = applied(..., "Highest learning rate of the cycle.")
     decay_lr_rate: NonNegative = applied(0.0, "Decay of the rate after the cycle.")
     cycle_first_step_size: Positive = applied(2000, "Steps of the rising half.")
     cycle_second_step_size: Positive | None = applied(None, "Steps of the falling half; as the first if absent.")
@@ -183,11 +185,11 @@ class OneCycleParams(_ScheduleParams):
     cycle_momentum: bool = applied(True, "Move the momentum against the learning rate.")
     cycle_min_mom: Share = applied(0.8, "Lowest momentum.")
     cycle_max_mom: Share = applied(0.9, "Highest momentum.")
-    decay_mom_rate: NonNegative = applied(0.0, "Decay of the momentum after the cycle.")
+    decay_mom_rate: float = applied(0.0, "Decay of the momentum after the cycle.")
 
 
 class LRRangeTestParams(_ScheduleParams):
-    lr_range_test_min_lr: NonNegative = applied(1e-3, "Learning rate at the start.")
+    lr_range_test_min_lr: PerGroup = applied(1e-3, "Learning rate at the start.")
     lr_range_test_step_size: Positive = applied(2000, "Steps between rises.")
     lr_range_test_step_rate: NonNegative = applied(1.0, "Size of a rise.")
     lr_range_test_staircase: bool = applied(False, "Rise in stairs instead of evenly.")

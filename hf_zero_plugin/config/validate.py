@@ -8,11 +8,10 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from hf_zero_plugin.config.fields import AUTO, Section
+from hf_zero_plugin.config.fields import AUTO, VARIANTS, Section
+from hf_zero_plugin.config.paths import lookup, plain_number, show
 from hf_zero_plugin.config.problems import Problem, did_you_mean
 from hf_zero_plugin.config.schema import (
-    DEPRECATED,
-    RENAMED,
     DsConfig,
     known_keys,
     params_model,
@@ -26,6 +25,9 @@ from hf_zero_plugin.config.schema_optim import (
 )
 
 __all__ = ["refusals", "schema_problems"]
+
+_TABLES = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
+_REFUSED_TYPES = {"optimizer": REFUSED_OPTIMIZERS, "scheduler": REFUSED_SCHEDULERS}
 
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least"),
@@ -87,13 +89,12 @@ def _problems_of(model: type[Section], path: str, node: Any, config: dict[str, A
 
 def _type_problems(kind: str, node: dict[str, Any], config: dict[str, Any]) -> Iterator[Problem]:
     name: str = node["type"]
-    refused = REFUSED_OPTIMIZERS if kind == "optimizer" else REFUSED_SCHEDULERS
-    known = OPTIMIZERS if kind == "optimizer" else SCHEDULERS
+    known = _TABLES[kind]
     model = params_model(kind, name)
     if model is not None:
         yield from _problems_of(model, f"$.{kind}.params", node.get("params", {}), config)
         return
-    for title, (why, fix) in refused.items():
+    for title, (why, fix) in _REFUSED_TYPES[kind].items():
         if title.lower() == name.lower():
             yield Problem(
                 path=f"$.{kind}.type", what=f'"{name}" is an {kind} that this engine does not have', why=why, fix=fix
@@ -111,7 +112,8 @@ def _type_problems(kind: str, node: dict[str, Any], config: dict[str, Any]) -> I
 
 
 def _problem(detail: ErrorDetails, prefix: str, config: dict[str, Any]) -> Problem:
-    path = prefix + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
+    steps = [part for part in detail["loc"] if part not in VARIANTS]
+    path = prefix + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in steps)
     kind, value = detail["type"], detail["input"]
     context: dict[str, Any] = detail.get("ctx", {})
     if kind == "extra_forbidden":
@@ -133,8 +135,13 @@ def _problem(detail: ErrorDetails, prefix: str, config: dict[str, Any]) -> Probl
         )
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        bound = _plain(context[name])
-        return Problem(path=path, what=f"{show(value)} is out of range", fix=f"Write a number that is {words} {bound}.")
+        bound = plain_number(context[name])
+        return Problem(
+            path=path,
+            what=f"{show(value)} is out of range",
+            why=f"It has to be {words} {bound}.",
+            fix=f"Write a number that is {words} {bound}, or remove the key to take the default.",
+        )
     if kind == "literal_error":
         return _wrong_choice(path, value, str(context["expected"]))
     if kind in ("too_short", "too_long"):
@@ -153,14 +160,19 @@ def _unknown_key(path: str, config: dict[str, Any]) -> Problem:
     siblings = list(models[parent].model_fields) if parent in models else []
     what = f'unknown key "{name}"'
     why = "A key that nothing reads would be ignored silently."
+    kind, _, _ = parent.removeprefix("$.").partition(".")
+    if parent.endswith(".params"):
+        takers = [title for title, model in _TABLES[kind].items() if name in model.model_fields]
+        if takers:
+            chosen = config[kind]["type"]
+            fix = f"Only {', '.join(takers)} would take it. Remove it, or change $.{kind}.type."
+            return Problem(path=path, what=f'{chosen} has no parameter "{name}"', why=why, fix=fix)
     near = did_you_mean(name, siblings)
     if near is not None:
         return Problem(path=path, what=what, why=why, fix=f'Did you mean "{near}"?')
     homes = [home for home, model in models.items() if name in model.model_fields]
-    homes += [home for home, model in _other_params(config) if name in model.model_fields]
     if homes:
-        places = " or ".join(dict.fromkeys(homes))
-        return Problem(path=path, what=what, why=why, fix=f"This key belongs in {places}. Move it there.")
+        return Problem(path=path, what=what, why=why, fix=f"This key belongs in {' or '.join(homes)}. Move it there.")
     if name in ("_comment", "comment", "//", "_doc"):
         return Problem(path=path, what=what, why="JSON has no comments, and every key is read.", fix="Remove it.")
     far = [(home, did_you_mean(name, model.model_fields)) for home, model in models.items() if len(name) > 5]
@@ -170,21 +182,14 @@ def _unknown_key(path: str, config: dict[str, Any]) -> Problem:
     return Problem(path=path, what=what, why=f"{why} {listed}".strip(), fix=hint)
 
 
-def _other_params(config: dict[str, Any]) -> Iterator[tuple[str, type[Section]]]:
-    """Parameter models of the types that were not chosen."""
-    for kind, table in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
-        for name, model in table.items():
-            if model is not params_model(kind, (config.get(kind) or {}).get("type")):
-                yield f'$.{kind}.params of type "{name}"', model
-
-
 def _wrong_choice(path: str, value: Any, expected: str) -> Problem:
     choices = [choice.strip("'") for choice in expected.replace(" or ", ", ").split(", ")]
     near = did_you_mean(value, choices) if isinstance(value, str) else None
     listed = ", ".join(f'"{choice}"' for choice in choices)
     return Problem(
         path=path,
-        what=f"{show(value)} is not one of {listed}",
+        what=f"{show(value)} is not a choice here",
+        why=f"Only {listed} mean something.",
         fix=f'Did you mean "{near}"?' if near else f'Write one of them, for example "{choices[0]}".',
     )
 
@@ -203,40 +208,12 @@ def _wrong_type(path: str, value: Any, wanted: str, message: str) -> Problem:
         fix = f"Remove the key to take the default, or write {wanted}."
     elif isinstance(value, bool) and path == "$.zero_optimization":
         fix = 'This old form is gone: write {"stage": 1}.' if value else "Remove the key."
-    return Problem(path=path, what=f"{show(value)} is {_kind_of(value)}, but {wanted} is needed", fix=fix)
-
-
-def lookup(config: dict[str, Any], path: str) -> Any:
-    """The value at ``$.a.b``; None if there is none."""
-    node: Any = config
-    for part in path.split(".")[1:]:
-        if not isinstance(node, dict) or part not in node:
-            return None
-        node = node[part]
-    return node
-
-
-def show(value: Any) -> str:
-    """A value as the file would spell it, shortened."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        text = f'"{value}"'
-    elif isinstance(value, dict):
-        text = "{" + ", ".join(f'"{key}": {show(item)}' for key, item in value.items()) + "}"
-    elif isinstance(value, (list, tuple)):
-        text = "[" + ", ".join(map(show, value)) + "]"
-    else:
-        text = _plain(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _plain(number: Any) -> str:
-    if isinstance(number, float) and number.is_integer() and abs(number) < 1e15:
-        return str(int(number))
-    return str(number)
+    return Problem(
+        path=path,
+        what=f"{show(value)} is {_kind_of(value)}, but {wanted} is needed",
+        why="Values are taken as they are written, never converted.",
+        fix=fix,
+    )
 
 
 def _kind_of(value: Any) -> str:
@@ -260,74 +237,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def apply_renames(config: dict[str, Any]) -> tuple[dict[str, str], list[str], list[Problem]]:
-    """Turn old spellings into today's, in place.
-
-    Returns:
-        new path -> path in the file, warnings, problems (both spellings used).
-    """
-    moved: dict[str, str] = {}
-    warnings: list[str] = []
-    problems: list[Problem] = []
-    for old, new in RENAMED.items():
-        parent_path, _, old_name = f"$.{old}".rpartition(".")
-        new_name = new.rpartition(".")[2]
-        parent = config if parent_path == "$" else lookup(config, parent_path)
-        if not isinstance(parent, dict) or old_name not in parent:
-            continue
-        if new_name in parent:
-            problems.append(_twice(f"$.{old}", f"$.{new}"))
-            continue
-        parent[new_name] = parent.pop(old_name)
-        moved[f"$.{new}"] = f"$.{old}"
-        warnings.append(f'$.{old}: an old spelling of "{new_name}"; read as that.')
-    _apply_old_switches(config, moved, warnings, problems)
-    return moved, warnings, problems
-
-
-def _apply_old_switches(
-    config: dict[str, Any], moved: dict[str, str], warnings: list[str], problems: list[Problem]
-) -> None:
-    zero = config.get("zero_optimization")
-    if not isinstance(zero, dict):
-        return
-    for path in DEPRECATED:
-        name = path.rpartition(".")[2]
-        if name not in zero:
-            continue
-        value = zero[name]
-        if not isinstance(value, bool):
-            problems.append(_wrong_type(f"$.{path}", value, "true or false", ""))
-            zero.pop(name)
-            continue
-        sections = {"cpu_offload": ["offload_optimizer"], "cpu_offload_param": ["offload_param"]}.get(
-            name, ["offload_optimizer", "offload_param"]
-        )
-        key, new_value = (
-            ("pin_memory", value) if name.endswith("pin_memory") else ("device", "cpu" if value else "none")
-        )
-        zero.pop(name)
-        if key == "pin_memory":
-            sections = [name for name in sections if isinstance(zero.get(name), dict)]
-        for target in sections:
-            inner = zero[target] if isinstance(zero.get(target), dict) else zero.setdefault(target, {})
-            new_path = f"$.zero_optimization.{target}.{key}"
-            if inner.get(key, new_value) != new_value:
-                problems.append(_twice(f"$.{path}", new_path))
-                continue
-            inner[key] = new_value
-            moved[new_path] = f"$.{path}"
-        warnings.append(
-            f"$.{path}: an old switch; read as {' and '.join(sections) or 'nothing'}.{key} = {show(new_value)}."
-        )
-
-
-def _twice(old: str, new: str) -> Problem:
-    return Problem(
-        path=old,
-        what=f"this old spelling stands beside {new}",
-        why="Both set the same thing.",
-        fix=f"Keep {new} only.",
-    )
