@@ -68,7 +68,7 @@ class Ruling:
 
     def refuses(self, value: Any) -> bool:
         """Whether ``value`` asks for what we refuse. A dict asks unless everything in it is switched off."""
-        if self.verdict != "refused" or value is None or value is False or value in self.accepted:
+        if self.verdict != "refused" or value is None or value in self.accepted:
             return False
         if isinstance(value, dict):
             switches = list(_switches(value))

@@ -192,7 +192,11 @@ class DsConfig(Section):
         None, "Search for the best configuration.", why="It is a feature of DeepSpeed's launcher.", fix=_REMOVE
     )
     datastates_ckpt: Opaque | bool | None = refused(
-        None, "DataStates checkpoints.", why="Checkpoints are written by torch and safetensors.", fix=_REMOVE
+        None,
+        "DataStates checkpoints.",
+        why="Checkpoints are written by torch and safetensors.",
+        fix=_REMOVE,
+        accepted=(False,),
     )
     inference: Opaque | None = refused(
         None, "DeepSpeed-Inference.", why="This engine trains.", fix=f"{_REMOVE} Serve the saved model by other means."

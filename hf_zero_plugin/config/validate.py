@@ -29,6 +29,7 @@ __all__ = ["refusals", "schema_problems"]
 _TABLES = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
 _REFUSED_TYPES = {"optimizer": REFUSED_OPTIMIZERS, "scheduler": REFUSED_SCHEDULERS}
 
+_COMMENTS = frozenset({"_comment", "comment", "//", "_doc", "#"})
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least"),
     "greater_than": ("gt", "greater than"),
@@ -167,14 +168,14 @@ def _unknown_key(path: str, config: dict[str, Any]) -> Problem:
             chosen = config[kind]["type"]
             fix = f"Only {', '.join(takers)} would take it. Remove it, or change $.{kind}.type."
             return Problem(path=path, what=f'{chosen} has no parameter "{name}"', why=why, fix=fix)
+    if name in _COMMENTS:
+        return Problem(path=path, what=what, why=f"JSON has no comments. {why}", fix="Remove it.")
     near = did_you_mean(name, siblings)
     if near is not None:
         return Problem(path=path, what=what, why=why, fix=f'Did you mean "{near}"?')
     homes = [home for home, model in models.items() if name in model.model_fields]
     if homes:
         return Problem(path=path, what=what, why=why, fix=f"This key belongs in {' or '.join(homes)}. Move it there.")
-    if name in ("_comment", "comment", "//", "_doc"):
-        return Problem(path=path, what=what, why="JSON has no comments, and every key is read.", fix="Remove it.")
     far = [(home, did_you_mean(name, model.model_fields)) for home, model in models.items() if len(name) > 5]
     close = next((f"{home}.{found}" for home, found in far if found is not None), None)
     listed = f"Keys of {parent}: {', '.join(siblings)}." if siblings and len(siblings) <= 15 else ""
