@@ -144,8 +144,9 @@ def _print_table(examination: Examination, entries: list[Entry], options: Explai
     counts = {verdict: sum(entry.verdict == verdict for entry in entries) for verdict in _WORDS}
     told = ", ".join(f"{number} {_WORDS[verdict]}" for verdict, number in counts.items() if number)
     stream.write(f"\n{told}.{'' if options.all else ' --all shows every key there is.'}\n")
-    for flag in options.ignored:
-        stream.write(f"note: {flag} belongs to the script and does not change the configuration\n")
+    if options.ignored:
+        flags = ", ".join(dict.fromkeys(options.ignored))
+        stream.write(f"note: left out, because they belong to the script: {flags}\n")
     for warning in examination.warnings:
         stream.write(f"warning: {warning}\n")
 

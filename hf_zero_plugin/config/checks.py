@@ -67,6 +67,14 @@ def cross_problems(model: DsConfig, sources: dict[str, str]) -> Iterator[Problem
             why="Weights have one type.",
             fix='Switch one of them off; with both sections at "auto", pass only one of --fp16 and --bf16.',
         )
+    if model.fp16.loss_scale == 0 and 2**model.fp16.initial_scale_power < model.fp16.min_loss_scale:
+        yield Problem(
+            path="$.fp16.initial_scale_power",
+            what=f"the loss scale would start at 2^{model.fp16.initial_scale_power}, "
+            f"below min_loss_scale {model.fp16.min_loss_scale:g}",
+            why="The scale never falls below min_loss_scale, so it cannot start there.",
+            fix="Raise initial_scale_power, or lower min_loss_scale.",
+        )
     if model.torch_autocast.enabled and (model.fp16.enabled or model.bf16.enabled):
         name = "fp16" if model.fp16.enabled else "bf16"
         yield Problem(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hf_zero_plugin.errors import ConfigError
@@ -68,8 +68,8 @@ def place(problem: Problem, positions: Mapping[str, Position]) -> Problem:
         return problem
     path = problem.path
     while path not in positions and path != "$":
-        path = path[: max(path.rfind("."), path.rfind("["))] if path not in ("", "$") else "$"
-    return Problem(path=problem.path, what=problem.what, why=problem.why, fix=problem.fix, position=positions.get(path))
+        path = path[: max(path.rfind("."), path.rfind("["))]
+    return replace(problem, position=positions.get(path))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

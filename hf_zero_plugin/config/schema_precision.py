@@ -5,14 +5,15 @@ from __future__ import annotations
 from pydantic import ConfigDict
 
 from hf_zero_plugin.config.fields import (
+    AboveZero,
     AutoFlag,
     AutoText,
-    Count,
     Dtype,
     HalfDtype,
     Names,
     NonNegative,
     Positive,
+    ScalePower,
     Section,
     applied,
     inert,
@@ -35,11 +36,11 @@ class FP16(Section):
         fix=_LEAVE_OUT,
     )
     loss_scale: NonNegative = applied(0.0, "Static loss scale; 0 scales dynamically.")
-    initial_scale_power: Count = applied(16, "The dynamic loss scale starts at 2 to this power.")
+    initial_scale_power: ScalePower = applied(16, "The dynamic loss scale starts at 2 to this power.")
     loss_scale_window: Positive = applied(1000, "Steps without overflow after which the dynamic loss scale doubles.")
     hysteresis: Positive = applied(2, "Overflows that are needed before the dynamic loss scale is halved.")
     consecutive_hysteresis: bool = applied(False, "Refill the hysteresis counter at every step without overflow.")
-    min_loss_scale: NonNegative = applied(1, "The dynamic loss scale never falls below this; an overflow there raises.")
+    min_loss_scale: AboveZero = applied(1, "The dynamic loss scale never falls below this; an overflow there raises.")
     fp16_master_weights_and_grads: bool = refused(
         False,
         "Keep master weights and gradients in float16.",
