@@ -146,7 +146,7 @@ def _print_table(examination: Examination, entries: list[Entry], options: Explai
     stream.write(f"\n{told}.{'' if options.all else ' --all shows every key there is.'}\n")
     if options.ignored:
         flags = ", ".join(dict.fromkeys(options.ignored))
-        stream.write(f"note: left out, because they belong to the script: {flags}\n")
+        stream.write(f"note: left out, because they belong to the script or the launcher: {flags}\n")
     for warning in examination.warnings:
         stream.write(f"warning: {warning}\n")
 

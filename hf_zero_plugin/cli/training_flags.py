@@ -23,6 +23,11 @@ _FALSE = frozenset({"false", "0", "no", "n", "f"})
 _SWITCHES = frozenset({"help", "schema", "json", "all"})
 _OPTIONS = frozenset({"model", "num_gpus"})
 
+LAUNCHER_FLAGS = frozenset(
+    {"num_nodes", "include", "exclude", "hostfile", "node_rank", "master_addr", "master_port", "module"}
+)
+"""Arguments of ``hf-zero run``, which may stand in a pasted command line."""
+
 SCRIPT_FLAGS = frozenset(
     {
         "attn_implementation",
@@ -91,7 +96,7 @@ class ExplainArguments:
     training: dict[str, Any] = field(default_factory=dict)
     """Arguments that TrainingFacts knows, as given."""
     ignored: list[str] = field(default_factory=list)
-    """Flags of the script, as given."""
+    """Flags of the script or the launcher, as given."""
 
 
 def read_arguments(words: Iterable[str]) -> ExplainArguments:
@@ -134,7 +139,7 @@ def _read_flag(options: ExplainArguments, name: str, value: str | None, queue: l
     if name == "deepspeed":
         options.config = _required(name, value, queue)
         return False
-    if name in SCRIPT_FLAGS:
+    if name in SCRIPT_FLAGS or name in LAUNCHER_FLAGS:
         options.ignored.append(f"--{name}")
         given_or_none = value if value is not None else _optional(queue)
         if name == "model_name_or_path":

@@ -116,7 +116,7 @@ def _row(key: KnownKey, section: str) -> str:
         default += ' (or `"auto"`)'
     ruling = key.ruling
     verdict = _VERDICTS[ruling.verdict]
-    remark = f"{ruling.why} Instead: {ruling.fix}" if ruling.fix else ruling.why
+    remark = f"{ruling.why} Remedy: {ruling.fix}" if ruling.fix else ruling.why
     fine = [value for value in ruling.accepted if value not in (False, None, key.default)]
     if ruling.verdict == "refused" and fine:
         verdict = f"`{'`, `'.join(show(value) for value in (key.default, *fine))}` applied, else refused"

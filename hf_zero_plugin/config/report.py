@@ -50,7 +50,7 @@ def _rows(settings: EngineSettings, origins: dict[str, str]) -> Iterator[tuple[s
     else:
         yield "schedule", "the Trainer's", origins.get("$.scheduler", "")
     yield "offload", _offload(settings), origins.get(f"{zero}.offload_optimizer.device", "default")
-    buckets = f"reduce {settings.reduce_bucket_size:,}, gather {settings.allgather_bucket_size:,} elements"
+    buckets = f"at most {settings.reduce_bucket_size:,} elements"
     yield "buckets", buckets, origins.get(f"{zero}.reduce_bucket_size", "default")
 
 

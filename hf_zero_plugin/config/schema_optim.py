@@ -62,7 +62,7 @@ class _CommonParams(Section):
         0.0,
         "Clipping by the optimizer.",
         why="Clipping belongs to the engine; DeepSpeed ignores this key.",
-        fix="Set gradient_clipping, at the top of the file, instead.",
+        fix="Set gradient_clipping, at the top of the file.",
     )
     maximize: bool = refused(
         False, "Climb instead of descend.", why="The engine only descends.", fix="Negate the loss instead."
