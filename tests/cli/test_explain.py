@@ -125,7 +125,8 @@ def test_no_configuration_is_an_error(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_whole_command_line_may_be_pasted() -> None:
     words = (
-        "--include localhost:1 examples/translation/run_translation.py --deepspeed configs/zero2_offload.json --model_name_or_path t5-small "
+        "--include localhost:1 examples/translation/run_translation.py --deepspeed configs/zero2_offload.json "
+        "--model_name_or_path t5-small "
         "--per_device_train_batch_size 16 --output_dir out --overwrite_output_dir --fp16 --do_train "
         "--max_train_samples 10000 --num_train_epochs 1 --dataset_name wmt16 --dataset_config ro-en "
         "--source_lang en --target_lang ro --label_names a b c"
