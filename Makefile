@@ -51,7 +51,8 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m hf_zero_plugin.config.docs > docs/config.md
+	$(BIN)/python -m hf_zero_plugin.config.docs > docs/config.md.new
+	mv docs/config.md.new docs/config.md
 
 venv: $(VENV)/.installed-dev
 
