@@ -30,7 +30,18 @@ def main() -> None:
 
     def adam() -> None:
         torch._fused_adamw_(
-            [p], [g], [m], [v], [], [step], lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False,
+            [p],
+            [g],
+            [m],
+            [v],
+            [],
+            [step],
+            lr=1e-4,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
             maximize=False,
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_zero_plugin.config.settings import EngineSettings
 from hf_zero_plugin.engine.buckets import BucketLayout, ParamSpec, Piece, cut_pieces, cut_whole_parameters, plan_buckets
 from hf_zero_plugin.engine.client_home import ClientHome
+from hf_zero_plugin.engine.collectives import all_gather_flat
 from hf_zero_plugin.engine.flat import FlatWeights
 from hf_zero_plugin.engine.gradients import GradientStore, ReduceOptions, ResidentGrads, TransientGrads
 from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home, MasterWeights
@@ -64,7 +65,7 @@ class Assembly:
         if self.sharding.gathers_weights:
             for layout, flat in zip(self.layouts, self.weights.flats):
                 low, high = layout.shard_range(self.sharding.shard)
-                dist.all_gather_into_tensor(flat, flat[low:high].clone(), group=self.gather_group)
+                all_gather_flat(flat, flat[low:high].clone(), self.gather_group)
 
     def states_changed(self) -> None:
         """Somebody wrote to masters or states directly: drop copies made ahead of time."""
@@ -222,6 +223,7 @@ def _wire(
         shard_starts=[layout.shard_range(sharding.shard)[0] for layout in parts.layouts],
         finish_bucket=lambda bucket, home: _finish_bucket(parts, bucket, home),
         device=parts.device,
+        is_alone=sharding.world_size == 1,
         groups=parts.optimizer.param_groups,
     )
     parts.masters = MasterWeights(_make_homes(parts, settings, context, client), len(parts.layouts))
@@ -233,8 +235,10 @@ def _wire(
 
     def exact_values(piece: Piece) -> Tensor:
         values = exact[piece.bucket]
-        start = piece.start if values.numel() == parts.layouts[piece.bucket].padded_numel else (
-            piece.start - context.shard_starts[piece.bucket]
+        start = (
+            piece.start
+            if values.numel() == parts.layouts[piece.bucket].padded_numel
+            else (piece.start - context.shard_starts[piece.bucket])
         )
         return values[start : start + piece.numel]
 
@@ -288,14 +292,12 @@ def _make_homes(
         and not isinstance(context.rule, TorchRule)
     )
     longest = STREAM_PIECE_NUMEL if streams else None
-    pieces = [
-        piece for layout in parts.layouts for piece in cut_pieces(layout, sharding.shard, max_numel=longest)
-    ]
+    pieces = [piece for layout in parts.layouts for piece in cut_pieces(layout, sharding.shard, max_numel=longest)]
     if not to_host:
         return [DeviceHome(context, pieces)]
     kept, moved = _split_by_ratio(pieces, context, settings)
     if streams:
-        away: Home = StreamedHome(context, moved, pin_memory=offload.pin_memory)
+        away: Home = StreamedHome(context, moved, pin_memory=offload.pin_memory, deferred=context.is_alone)
     else:
         # Without a device to overlap with, a second thread would only fight the first for the cores.
         threaded = parts.device.type == "cuda" or offload.step_on == "host"
@@ -303,9 +305,7 @@ def _make_homes(
     return [DeviceHome(context, kept), away]
 
 
-def _split_by_ratio(
-    pieces: list[Piece], context: Context, settings: EngineSettings
-) -> tuple[list[Piece], list[Piece]]:
+def _split_by_ratio(pieces: list[Piece], context: Context, settings: EngineSettings) -> tuple[list[Piece], list[Piece]]:
     """Keep the first pieces on the device: the forward pass needs them first, so theirs is the least time to hide."""
     offload = settings.offload_optimizer
     total = sum(piece.numel for piece in pieces)
@@ -341,4 +341,4 @@ def _finish_bucket(parts: Assembly, bucket: int, home: object) -> None:
     if parts.sharding.gathers_weights:
         flat = parts.weights.flats[bucket]
         low, high = parts.layouts[bucket].shard_range(parts.sharding.shard)
-        dist.all_gather_into_tensor(flat, flat[low:high].clone(), group=parts.gather_group)
+        all_gather_flat(flat, flat[low:high].clone(), parts.gather_group)

@@ -20,6 +20,10 @@ from dataclasses import dataclass
 
 __all__ = ["BucketLayout", "ParamSpec", "Piece", "Segment", "Slot", "cut_pieces", "plan_buckets"]
 
+SMALL_NUMEL = 32 * 1024
+"""Norms and biases up to this size share bucket 0: spread over all buckets, each would cost an update call of its own
+for a few kilobytes. They are needed early, and being small they are ready first."""
+
 SLOT_ALIGNMENT = 64
 """Every parameter starts at a multiple of this many elements, so that matrix kernels keep their fast paths."""
 
@@ -109,7 +113,7 @@ def plan_buckets(specs: Sequence[ParamSpec], *, bucket_numel: int, num_shards: i
     """Lay parameters out in buckets of about ``bucket_numel`` elements.
 
     Args:
-        specs: parameters in the order in which the forward pass needs them.
+        specs: parameters in the order in which the forward pass needs them; small ones go first, together.
         bucket_numel: a bucket is closed before it would exceed this; a larger parameter has a bucket of its own.
         num_shards: number of equal shards W each bucket is cut into, at least 1.
 
@@ -120,7 +124,8 @@ def plan_buckets(specs: Sequence[ParamSpec], *, bucket_numel: int, num_shards: i
     runs: list[list[ParamSpec]] = []
     open_run: dict[object, list[ParamSpec]] = {}
     open_numel: dict[object, int] = {}
-    for spec in specs:
+    small = min(SMALL_NUMEL, bucket_numel // 16)
+    for spec in sorted(specs, key=lambda spec: spec.numel > small):
         run = open_run.get(spec.dtype)
         if run is None or open_numel[spec.dtype] + spec.numel > bucket_numel:
             run = open_run[spec.dtype] = []
@@ -161,6 +166,4 @@ def cut_pieces(layout: BucketLayout, shard: int, *, max_numel: int | None = None
 
 def cut_whole_parameters(layout: BucketLayout) -> list[Piece]:
     """One piece per parameter, with its shape: for optimizers that are not elementwise. Unsharded buckets only."""
-    return [
-        Piece(layout.index, slot.spec.group, slot.start, slot.end, slot.spec.shape) for slot in layout.slots
-    ]
+    return [Piece(layout.index, slot.spec.group, slot.start, slot.end, slot.spec.shape) for slot in layout.slots]

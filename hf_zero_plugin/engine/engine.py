@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -88,11 +89,7 @@ class ZeroEngine(nn.Module):
         self._grad_norm: float | None = None
         self._destroyed = False
         register(self)
-        self._reload_hook = module.register_load_state_dict_post_hook(self._on_state_dict_loaded)
-
-    def _on_state_dict_loaded(self, module: nn.Module, incompatible_keys: Any) -> None:
-        if not self._destroyed:
-            self.refresh_master_weights()
+        self._reload_hook = module.register_load_state_dict_post_hook(_Reloaded(self))
 
     def _make_scheduler(self, given: Any) -> Any:
         if self.optimizer is None:
@@ -209,7 +206,9 @@ class ZeroEngine(nn.Module):
         every = self.settings.steps_per_print
         if every and self.global_steps % every == 0 and self.global_rank == 0:
             rates = ", ".join(f"{group['lr']:.3g}" for group in self.optimizer.param_groups)
-            logger.info("step %d, skipped %d, lr [%s]%s", self.global_steps, self.skipped_steps, rates, self._scale_note())
+            logger.info(
+                "step %d, skipped %d, lr [%s]%s", self.global_steps, self.skipped_steps, rates, self._scale_note()
+            )
 
     def _scale_note(self) -> str:
         return f", loss scale {self.scaler.scale:g}" if self.scaler is not None else ""
@@ -344,6 +343,24 @@ class ZeroEngine(nn.Module):
             if name == "module":
                 raise
             return getattr(self.module, name)
+
+
+class _Reloaded:
+    """After ``module.load_state_dict``: the masters must follow. Copies of the module leave the engine alone."""
+
+    def __init__(self, engine: ZeroEngine | None) -> None:
+        self._engine = weakref.ref(engine) if engine is not None else lambda: None
+
+    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
+        engine = self._engine()
+        if engine is not None:
+            engine.refresh_master_weights()
+
+    def __deepcopy__(self, memo: Any) -> _Reloaded:
+        return _Reloaded(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Reloaded, (None,)
 
 
 def trainable_groups(params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

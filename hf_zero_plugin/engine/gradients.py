@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_zero_plugin.engine.buckets import BucketLayout
+from hf_zero_plugin.engine.collectives import reduce_scatter_flat
 from hf_zero_plugin.engine.flat import view_of
 from hf_zero_plugin.engine.sharding import Sharding
 from hf_zero_plugin.errors import HfZeroError
@@ -162,7 +163,7 @@ class GradientStore:
         wire = full if self.options.dtype in (None, full.dtype) else full.to(self.options.dtype)
         if out is None:
             return wire, dist.all_reduce(wire, group=self.group, async_op=True)
-        return out, dist.reduce_scatter_tensor(out, wire, group=self.group, async_op=True)
+        return out, reduce_scatter_flat(out, wire, self.group)
 
 
 class ResidentGrads(GradientStore):

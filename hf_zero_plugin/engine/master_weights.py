@@ -51,6 +51,8 @@ class Context(NamedTuple):
     """Called by a home, on its stream or thread, when it has updated its part of a bucket: the last home to do so
     clears the gradient and gathers the other ranks' shards."""
     device: torch.device
+    is_alone: bool
+    """One rank: nothing to gather, and clearing the gradient of one's own pieces clears all of it."""
     groups: Sequence[dict[str, Any]]
     """The param groups, for the initial values of states."""
 

@@ -1,17 +1,19 @@
 """Offload without host arithmetic: states rest in page-locked host memory and pass through the device to be updated.
 
-Per piece three queues work at the same time, each a CUDA stream::
+Each piece goes through one slot, in the order of one CUDA stream, and the slots' streams run side by side::
 
-    upload      master + states  host -> slot        12 B/parameter (Adam)
-    update      widen gradient, rule, narrow into the weights
-    download    slot -> host                         12 B/parameter, while the next piece is uploaded
+    slot 0   upload piece 0 | update | download        | upload piece 3 | ...
+    slot 1                    upload piece 1  | update | download       | ...
+    slot 2                                      upload piece 2 | update | ...
 
-PCIe carries both directions at once, so a parameter costs 12 B of one direction; on a x16 gen5 link that is faster
-than host cores can read and write the same 28 B, and it leaves the cores alone. Gradients never leave the device and
-weights never come back from the host. The host thread only queues work (about six calls a piece) and waits for
+PCIe carries both directions at once, so a parameter costs 12 bytes of one direction (Adam); on a x16 gen5 link that is
+faster than host cores can read and write the same 28 bytes, and it leaves the cores alone. Gradients never leave the
+device and weights never come back from the host. The host thread queues about seven calls a piece and waits for
 nothing; the forward pass waits per bucket, on the device.
 
-The first slots are filled while the backward pass still runs: states do not depend on gradients.
+Two things are timed with care. The first slots are filled while the backward pass still runs: states do not depend on
+gradients. The rest is queued when the next forward pass begins, not when the step ends: in between the Trainer copies
+the next batch to the device, and behind 3 GB of uploads those small copies would wait for tens of milliseconds.
 
 Source of the idea of streaming states through the device: Deep Optimizer States (arXiv:2410.21316).
 """
@@ -37,32 +39,41 @@ class _Slot:
     def __init__(self, rows: int, numel: int, device: torch.device) -> None:
         self.rows = rows
         self.buffer = torch.empty((rows + 1) * numel, dtype=torch.float32, device=device)
-        self.is_free: torch.cuda.Event | None = None
-        self.is_filled: torch.cuda.Event | None = None
+        self.stream = torch.cuda.Stream(device)
         self.holds: int | None = None
         """Index of the piece that was uploaded ahead of time, if any."""
 
     def host_image(self, numel: int) -> Tensor:
         return self.buffer[: self.rows * numel]
 
-    def row(self, row: int, numel: int) -> Tensor:
-        return self.buffer[row * numel : (row + 1) * numel]
-
 
 class StreamedHome(Home):
-    """See the module. ``num_slots`` pieces are in flight at a time."""
+    """See the module. ``num_slots`` pieces are in flight at a time.
 
-    def __init__(self, context: Context, pieces: Sequence[Piece], *, pin_memory: bool = True, num_slots: int = 3) -> None:
+    ``deferred`` queues a step when its result is first needed. Ranks must queue collectives in the same order, and
+    need is not the same on every rank, so it is for one rank only.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        pieces: Sequence[Piece],
+        *,
+        pin_memory: bool = True,
+        num_slots: int = 3,
+        deferred: bool = True,
+    ) -> None:
         super().__init__(context, pieces)
         self._rows = 1 + len(context.rule.state_names)
         self._arena = PinnedArena(sum(piece.numel for piece in self.pieces) * self._rows, pin=pin_memory)
         self._slabs = [self._arena.take(piece.numel * self._rows) for piece in self.pieces]
         longest = max((piece.numel for piece in self.pieces), default=0)
         self._slots = [_Slot(self._rows, longest, context.device) for _ in range(num_slots)]
-        self._upload = torch.cuda.Stream(context.device)
-        self._update = torch.cuda.Stream(context.device)
-        self._download = torch.cuda.Stream(context.device)
-        self._bucket_done: dict[int, torch.cuda.Event] = {}
+        self._deferred = deferred
+        self._pending: StepInputs | None = None
+        self._grads_ready: torch.cuda.Event | None = None
+        self._done: dict[int, list[torch.cuda.Event]] = {}
+        self._gathers = torch.cuda.Stream(context.device)
         self._alive: Any = None
 
     def set_master(self, index: int, values: Tensor) -> None:
@@ -75,64 +86,80 @@ class StreamedHome(Home):
 
     def prefetch(self) -> None:
         for index in range(min(len(self._slots), len(self.pieces))):
-            self._fill(index)
+            slot = self._slots[index]
+            with torch.cuda.stream(slot.stream):
+                self._upload(slot, index)
 
     def forget_prefetched(self) -> None:
         for slot in self._slots:
             slot.holds = None
 
-    def _fill(self, index: int) -> _Slot:
-        slot = self._slots[index % len(self._slots)]
+    def _upload(self, slot: _Slot, index: int) -> None:
+        # In its stream's order the slot's last download is over, and with it the slab's own last write-back.
         if slot.holds != index:
-            numel = self.pieces[index].numel
-            with torch.cuda.stream(self._upload):
-                if slot.is_free is not None:
-                    self._upload.wait_event(slot.is_free)
-                # The copies of one slab follow each other on different streams: never read a slab that is
-                # still being written back from the step before.
-                slot.host_image(numel).copy_(self._slabs[index], non_blocking=True)
-                slot.is_filled = self._upload.record_event()
+            slot.host_image(self.pieces[index].numel).copy_(self._slabs[index], non_blocking=True)
             slot.holds = index
-        return slot
 
     def step(self, inputs: StepInputs) -> None:
-        number = torch.full((), float(inputs.number), device=self.context.device)
-        # Tensors of the compute stream that the update stream reads stay referenced until the next step.
-        self._alive = (number, inputs)
-        self._update.wait_stream(torch.cuda.current_stream(self.context.device))
-        for index, piece in enumerate(self.pieces):
-            slot = self._fill(index)
-            assert slot.is_filled is not None
-            with torch.cuda.stream(self._update):
-                self._update.wait_event(slot.is_filled)
-                self._step_piece(slot, piece, inputs, number)
-                updated = self._update.record_event()
-            with torch.cuda.stream(self._download):
-                self._download.wait_event(updated)
-                self._slabs[index].copy_(slot.host_image(piece.numel), non_blocking=True)
-                slot.is_free = self._download.record_event()
-            slot.holds = None
-            if self.last_piece_of_bucket[piece.bucket] == index:
-                with torch.cuda.stream(self._update):
-                    self.context.finish_bucket(piece.bucket, self)
-                    self._bucket_done[piece.bucket] = self._update.record_event()
+        self._pending = inputs
+        self._grads_ready = torch.cuda.current_stream(self.context.device).record_event()
+        if not self._deferred:
+            self._launch()
 
-    def _step_piece(self, slot: _Slot, piece: Piece, inputs: StepInputs, number: Tensor) -> None:
-        master, *states = (slot.row(row, piece.numel) for row in range(self._rows))
-        grad = slot.row(self._rows, piece.numel).copy_(self.context.grad_of(piece))
+    def _launch(self) -> None:
+        inputs, ready = self._pending, self._grads_ready
+        if inputs is None or ready is None:
+            return
+        self._pending = None
+        number = torch.full((), float(inputs.number), device=self.context.device)
+        # Tensors of the compute stream that slots read stay referenced until the next step has replaced them.
+        self._alive = (number, inputs)
+        filled = torch.cuda.current_stream(self.context.device).record_event()
+        for slot in self._slots:
+            slot.stream.wait_event(ready)
+            slot.stream.wait_event(filled)
+        self._done = {}
+        for index, piece in enumerate(self.pieces):
+            slot = self._slots[index % len(self._slots)]
+            with torch.cuda.stream(slot.stream):
+                self._upload(slot, index)
+                self._update(slot, piece, inputs, number)
+                self._done.setdefault(piece.bucket, []).append(slot.stream.record_event())
+                self._slabs[index].copy_(slot.host_image(piece.numel), non_blocking=True)
+                slot.holds = None
+            if not self.context.is_alone and self.last_piece_of_bucket[piece.bucket] == index:
+                self._gather(piece.bucket)
+
+    def _update(self, slot: _Slot, piece: Piece, inputs: StepInputs, number: Tensor) -> None:
+        rows = slot.buffer[: (self._rows + 1) * piece.numel].view(self._rows + 1, -1)
+        master, *states, wide = rows.unbind(0)
+        grad = self.context.grad_of(piece)
+        wide.copy_(grad)
         if inputs.multiplier is not None:
-            grad.mul_(inputs.multiplier)
-        self.context.rule.update(master, grad, states, inputs.groups[piece.group], number, inputs.found_inf)
+            wide.mul_(inputs.multiplier)
+        self.context.rule.update(master, wide, states, inputs.groups[piece.group], number, inputs.found_inf)
         self.context.weight_of(piece).copy_(master)
+        if self.context.is_alone:
+            grad.zero_()
+
+    def _gather(self, bucket: int) -> None:
+        with torch.cuda.stream(self._gathers):
+            for event in self._done[bucket]:
+                self._gathers.wait_event(event)
+            self.context.finish_bucket(bucket, self)
+            self._done[bucket] = [self._gathers.record_event()]
 
     def wait(self, bucket: int) -> None:
-        event = self._bucket_done.get(bucket)
-        if event is not None:
-            torch.cuda.current_stream(self.context.device).wait_event(event)
+        self._launch()
+        current = torch.cuda.current_stream(self.context.device)
+        for event in self._done.get(bucket, ()):
+            current.wait_event(event)
 
     def synchronize(self) -> None:
-        self._update.synchronize()
-        self._download.synchronize()
+        self._launch()
+        for slot in self._slots:
+            slot.stream.synchronize()
+        self._gathers.synchronize()
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         names = ("master", *self.context.rule.state_names)
@@ -144,7 +171,6 @@ class StreamedHome(Home):
 
     def close(self) -> None:
         self.synchronize()
-        self._upload.synchronize()
         self._arena.release()
 
     @property

@@ -52,7 +52,7 @@ class PieceStates:
             self.rule.update(master, grad, self._states[index], group, number, found_inf)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """"master" and every state tensor by name."""
+        """ "master" and every state tensor by name."""
         master = self.masters[index]
         assert master is not None
         if index not in self._optimizers:

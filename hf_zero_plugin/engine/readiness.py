@@ -41,8 +41,7 @@ class Doors:
         for module in model.modules():
             own = {bucket_of[id(p)] for p in module._parameters.values() if p is not None and id(p) in bucket_of}
             if own:
-                hook = functools.partial(self._before_forward, tuple(sorted(own)))
-                self._handles.append(module.register_forward_pre_hook(hook))
+                self._handles.append(module.register_forward_pre_hook(_Wait(self, tuple(sorted(own)))))
         self._modules = weakref.WeakSet(model.modules())
 
     def guard(self, masters: MasterWeights) -> None:
@@ -51,11 +50,9 @@ class Doors:
             _open.add(self)
             _patch()
 
-    def _before_forward(self, buckets: tuple[int, ...], module: nn.Module, args: Any) -> None:
-        masters = self._masters
-        if masters is not None and masters.any_pending:
-            for bucket in buckets:
-                masters.wait(bucket)
+    @property
+    def masters(self) -> MasterWeights | None:
+        return self._masters
 
     def wait_if_mine(self, module: nn.Module) -> None:
         if self._masters is not None and self._masters.any_pending and module in self._modules:
@@ -70,6 +67,27 @@ class Doors:
             if not _open:
                 _unpatch()
         self._masters = None
+
+
+class _Wait:
+    """Pre-forward hook of one module. A copied or pickled module does not take the engine along: its hook is dead."""
+
+    def __init__(self, doors: Doors | None, buckets: tuple[int, ...]) -> None:
+        self._doors = weakref.ref(doors) if doors is not None else lambda: None
+        self._buckets = buckets
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        doors = self._doors()
+        masters = doors.masters if doors is not None else None
+        if masters is not None and masters.any_pending:
+            for bucket in self._buckets:
+                masters.wait(bucket)
+
+    def __deepcopy__(self, memo: Any) -> _Wait:
+        return _Wait(None, ())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Wait, (None, ())
 
 
 def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:

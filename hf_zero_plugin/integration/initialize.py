@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -68,7 +69,7 @@ def initialize(
         raise ConfigError("deepspeed.initialize: no configuration was given; pass config= (a dict or a path)")
     init_distributed()
     resolved = _resolved_by_trainer(given)
-    settings = resolved.settings if resolved is not None else resolve_dict(_as_dict(given))
+    settings = resolved.settings if resolved is not None else resolve_dict(_as_dict(given), world_size=dist.get_world_size())
     evaluates = optimizer is None and model_parameters is None and config is None
     groups = None if evaluates else _groups(model, optimizer, model_parameters, settings, resolved)
     engine = ZeroEngine(
@@ -140,7 +141,7 @@ _logged: set[str] = set()
 
 
 def _log_once(resolved: ResolvedConfig) -> None:
-    from hf_zero_plugin.integration.report import short_table
+    from hf_zero_plugin.config.report import short_table
 
     text = short_table(resolved)
     if text not in _logged:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from hf_zero_plugin.integration.cpu_ranks import repair_partial_state
+from hf_zero_plugin.integration.removed_flags import restore_overwrite_output_dir
 
 __all__ = [
     "repair_accelerate_plugin",
@@ -101,6 +102,7 @@ def repair_training_args(module: ModuleType) -> None:
         post_init(self)
 
     cls.__post_init__ = __post_init__
+    restore_overwrite_output_dir(module)
 
 
 def repair_trainer(module: ModuleType) -> None:

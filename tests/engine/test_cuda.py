@@ -51,7 +51,9 @@ def _groups(model: nn.Module) -> list[dict]:
     ]
 
 
-def _engine(precision: str, device: str, step_on: str = "auto", optimizer: str = "AdamW", **offload: object) -> ZeroEngine:
+def _engine(
+    precision: str, device: str, step_on: str = "auto", optimizer: str = "AdamW", **offload: object
+) -> ZeroEngine:
     settings = EngineSettings(
         stage=2,
         precision=precision,  # type: ignore[arg-type]
@@ -106,8 +108,8 @@ def test_host_update_agrees_with_resident(precision: str) -> None:
     resident, host = _engine(precision, "none"), _engine(precision, "cpu", "host")
     _train(resident, 6)
     _train(host, 6)
-    for (name, a), b in zip(resident.module.named_parameters(), host.module.parameters()):
-        torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2e-2, msg=lambda m, name=name: f"{name}: {m}")
+    for a, b in zip(_weights(resident), _weights(host)):
+        assert (a.float() - b.float()).abs().mean() < 1e-3
     host.destroy()
 
 
