@@ -30,8 +30,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "t5-3b": {**_T5, "d_model": 1024, "d_ff": 16384, "num_layers": 24, "num_heads": 32, "d_kv": 128},
     "t5-11b": {**_T5, "d_model": 1024, "d_ff": 65536, "num_layers": 24, "num_heads": 128, "d_kv": 128},
     # Small enough for two cores; its vocabulary is that of the demo's tokenizer.
-    "t5-demo": {**_T5, "vocab_size": 1280, "d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4},
-}
+    "t5-demo": {
+        **_T5, "vocab_size": 2048, "d_model": 128, "d_ff": 344, "num_layers": 2, "num_heads": 8, "d_kv": 16,
+        "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0,
+    },
+}  # fmt: skip
 """Sizes of the published T5 models (Raffel et al., arXiv:1910.10683, section 3.7), and of the demo's."""
 
 LANGUAGE_NAMES = {"en": "English", "ro": "Romanian", "de": "German", "fr": "French"}

@@ -11,7 +11,9 @@ from corpus.draw import Both, Draw
 from corpus.sentences import KINDS
 
 SEED = 16
-NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 6000, 160, 160
+NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 16000, 160, 160
+MAX_WORDS = 9
+"""Longer English sentences are passed over: every batch is padded to its longest row, and the demo has two cores."""
 
 
 class Corpus(NamedTuple):
@@ -31,7 +33,7 @@ def draw_pairs(num_pairs: int, seed: int = SEED) -> list[Both]:
     pairs: list[Both] = []
     while len(pairs) < num_pairs:
         pair = draw.weighted(KINDS)(draw)
-        if pair is None or pair.en in english or pair.ro in romanian:
+        if pair is None or len(pair.en.split()) > MAX_WORDS or pair.en in english or pair.ro in romanian:
             continue
         english.add(pair.en)
         romanian.add(pair.ro)

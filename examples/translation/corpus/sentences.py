@@ -233,8 +233,8 @@ def living_somewhere(draw: Draw) -> Both | None:
     )
 
 
-def _described(draw: Draw) -> tuple[Phrase, str, dict[str, str]]:
-    """Something definite, and an adjective that can be said of it."""
+def _described(draw: Draw) -> tuple[Phrase, str, dict[str, str]] | None:
+    """Something definite, and an adjective that can be said of it; None if all are taken ("the cheap gift")."""
     kind = draw.weighted([(4, "person"), (2, "animal"), (6, "thing")])
     if kind == "person":
         subject = draw.subject()
@@ -250,13 +250,19 @@ def _described(draw: Draw) -> tuple[Phrase, str, dict[str, str]]:
     taken = said.union(*(words for words in ANTONYMS if words & said))
     if subject.nouns & CHILDREN:
         taken = taken | {"old"}
-    adjective = draw.pick([word for word in ADJECTIVES if word.groups & groups and word.en not in taken])
+    adjectives = [word for word in ADJECTIVES if word.groups & groups and word.en not in taken]
+    if not adjectives:
+        return None
+    adjective = draw.pick(adjectives)
     return subject, adjective.en, adjective.forms
 
 
 def describing(draw: Draw) -> Both | None:
     """The houses were very old. -> Casele erau foarte vechi."""
-    subject, english, forms = _described(draw)
+    described = _described(draw)
+    if described is None:
+        return None
+    subject, english, forms = described
     past = draw.chance(0.3)
     be_en, be_ro = english_be(subject.person, past=past), romanian_be(subject.person, past=past)
     very = Both("very", "foarte") if draw.chance(0.3) else NOTHING
@@ -548,8 +554,10 @@ def _short_clause(draw: Draw, subject: Phrase, tense: Tense) -> Both:
 def two_clauses(draw: Draw) -> Both | None:
     """The boy is reading, and the girl is singing. -> Băiatul citește, iar fata cântă."""
     if draw.chance(0.4):
-        first, en_first, forms_first = _described(draw)
-        second, en_second, forms_second = _described(draw)
+        one, other = _described(draw), _described(draw)
+        if one is None or other is None:
+            return None
+        (first, en_first, forms_first), (second, en_second, forms_second) = one, other
         if first.nouns & second.nouns or en_first == en_second or "pronoun" in first.tags | second.tags:
             return None
         if ("person" in first.tags) != ("person" in second.tags):
@@ -560,11 +568,11 @@ def two_clauses(draw: Draw) -> Both | None:
             sentence(first.ro, romanian_be(first.person), forms_first[first.agreement], ", dar", second.ro,
                      romanian_be(second.person), forms_second[second.agreement]),
         )  # fmt: skip
-    one, other = draw.person(), draw.person()
-    if one.nouns & other.nouns:
+    left_who, right_who = draw.person(), draw.person()
+    if left_who.nouns & right_who.nouns:
         return None
     tense: Tense = draw.pick(("present", "past", "future"))
-    left, right = _short_clause(draw, one, tense), _short_clause(draw, other, tense)
+    left, right = _short_clause(draw, left_who, tense), _short_clause(draw, right_who, tense)
     return Both(sentence(left.en, ", and", right.en), sentence(left.ro, ", iar", right.ro))
 
 
