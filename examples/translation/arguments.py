@@ -105,6 +105,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     except ValueError as error:
         # TrainingArguments checks itself when it is built; its messages name the argument.
         raise UserError(str(error)) from error
+    except ImportError as error:
+        # transformers looks for the package behind --deepspeed while it builds the arguments.
+        raise UserError(
+            f"an argument needs a package that is not there: {str(error).splitlines()[0]}\n"
+            "For --deepspeed, start this script by 'hf-zero run', or install deepspeed."
+        ) from error
     arguments = Arguments(model, data, training)
     _check_model(arguments)
     _check_data(arguments)

@@ -64,7 +64,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plain", action="store_true", help="the stock Trainer instead of this engine")
     parser.add_argument("--out_dir", default=str(ROOT / "out" / "demo"), help="where everything is written")
     parser.add_argument("--num_train_pairs", type=int, default=NUM_TRAIN, help="size of the training corpus")
-    parser.add_argument("--num_train_epochs", type=float, default=5.0, help="times that the corpus is seen")
+    parser.add_argument("--num_train_epochs", type=float, default=4.0, help="times that the corpus is seen")
     options, options.script_args = parser.parse_known_args(argv)
     if options.num_train_pairs < 1:
         raise UserError(f"--num_train_pairs {options.num_train_pairs}: at least 1.")

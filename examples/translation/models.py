@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from arguments import DataArguments, ModelArguments
 from errors import UserError
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -32,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Small enough for two cores; its vocabulary is that of the demo's tokenizer.
     "t5-demo": {
         **_T5, "vocab_size": 2048, "d_model": 128, "d_ff": 344, "num_layers": 2, "num_heads": 8, "d_kv": 16,
-        "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "initializer_factor": 0.6,
     },
 }  # fmt: skip
 """Sizes of the published T5 models (Raffel et al., arXiv:1910.10683, section 3.7), and of the demo's."""
@@ -116,7 +117,7 @@ def _override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
         changed.setdefault("num_decoder_layers", changed["num_layers"])
     try:
         return type(config).from_dict({**values, **changed})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"--config_overrides {overrides}: {error}") from error
 
 
@@ -149,7 +150,7 @@ def _load(auto_class: Any, name: str, what: str, model: ModelArguments, **kwargs
             trust_remote_code=model.trust_remote_code,
             **kwargs,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         lines = str(error).strip().splitlines()
         raise UserError(
             f"{what} '{name}' cannot be loaded: {lines[0] if lines else type(error).__name__}\n"

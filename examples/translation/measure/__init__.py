@@ -1,0 +1,11 @@
+"""How the experiments measure. START READING at ../experiments.py, then cell.py.
+
+::
+
+    rows.py    one cell of the sweep is one row; the CSV file, read and written
+    texts.py   sentence pairs -> token ids -> the batches that stand for an epoch
+    usage.py   memory and processor time, sampled while a cell runs
+    cell.py    the process that trains: one model, one engine, some batch sizes
+    plan.py    which cells are still to be measured, and in which processes
+    child.py   starting such a process, reading its results, surviving its death
+"""

@@ -1,0 +1,321 @@
+"""The process that trains: one model, one engine, some batch sizes. ``experiments.py`` starts it; you need not.
+
+    python -m measure.cell '{"model": "t5-small", "engine": "plain", "batches": [1, 2], ...}'
+
+Every cell is the unmodified Seq2SeqTrainer. What it finds goes to standard output, one line each: MACHINE, then
+STARTED and RESULT for every batch size. Any other line is the Trainer's. Under a launcher every rank trains and rank 0
+speaks for all.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from measure.rows import OUT_OF_MEMORY, Row
+
+if TYPE_CHECKING:
+    from transformers import Seq2SeqTrainer, TrainerCallback
+
+ROOT = Path(__file__).resolve().parents[3]
+CONFIG = ROOT / "configs" / "zero2_offload.json"
+PLAIN, ZERO, DEEPSPEED = "plain", "zero2_offload", "deepspeed"
+ENGINES = (PLAIN, ZERO, DEEPSPEED)
+NUM_WARMUP = 9
+"""The largest batch once, every other shape at least once, and three steps from which a step's time is guessed."""
+NUM_GUESS = 3
+MIN_MEASURED, MAX_MEASURED = 6, 60
+MAX_LEFTOVER_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What one process measures; travels as JSON."""
+
+    model: str
+    engine: str
+    batches: list[int]
+    train_file: str
+    tokenizer: str
+    num_samples: int = 10_000
+    max_length: int = 128
+    steps: int | None = None
+    """Steps to measure after the warm-up; None means what fits ``cell_seconds``."""
+    full: bool = False
+    """The whole epoch, the warm-up being part of it."""
+    cell_seconds: float = 8.0
+    precision: str = "fp16"
+    num_gpus: int = 1
+    gpu_memory_limit_gib: float = 0.0
+    round: int = 0
+    seed: int = 42
+
+    def row(self, batch_size: int, **values: Any) -> Row:
+        return Row(
+            model=self.model,
+            engine=self.engine,
+            batch_size=batch_size,
+            num_gpus=self.num_gpus,
+            gpu_memory_limit_gib=self.gpu_memory_limit_gib,
+            round=self.round,
+            **values,
+        )
+
+
+def main() -> None:
+    spec = Spec(**json.loads(sys.argv[1]))
+    if spec.engine == ZERO:
+        import hf_zero_plugin
+
+        hf_zero_plugin.activate()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if spec.gpu_memory_limit_gib:
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, spec.gpu_memory_limit_gib * 2**30 / total))
+    say("MACHINE", describe_machine())
+    materials = Materials(spec)
+    for batch_size in spec.batches:
+        say("STARTED", {"batch_size": batch_size})
+        say("RESULT", asdict(measure(spec, batch_size, materials)))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            if torch.cuda.memory_allocated() > MAX_LEFTOVER_BYTES:
+                # After an error somebody may still hold tensors: the rest is measured in a fresh process.
+                break
+    sys.stdout.flush()
+    os._exit(0)  # no waiting for threads and process groups of libraries
+
+
+def say(word: str, content: dict[str, Any]) -> None:
+    if int(os.environ.get("RANK", "0")) == 0 or content.get("status") == OUT_OF_MEMORY:
+        print(f"\n{word} {json.dumps(content)}", flush=True)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Device, cores and versions: what figures are worth nothing without."""
+    import importlib.metadata
+    import platform
+
+    import psutil
+    import torch
+    from measure.usage import num_cores
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "num_visible_gpus": torch.cuda.device_count() if cuda else 0,
+        "device_memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if cuda else None,
+        "num_cores": num_cores(),
+        "host_memory_gib": psutil.virtual_memory().total / 2**30,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        **{name: version(name) for name in ("torch", "transformers", "accelerate", "hf-zero-plugin", "deepspeed")},
+    }
+
+
+class Materials:
+    """What the batch sizes of one process share: text, tokenizer, and the random weights each of them starts from."""
+
+    def __init__(self, spec: Spec) -> None:
+        import torch
+        from measure import texts
+        from models import PRESETS
+        from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, set_seed
+
+        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
+        pairs = texts.read_pairs(Path(spec.train_file), spec.num_samples)
+        self.pairs = texts.tokenised(pairs, tokenizer, spec.max_length)
+        self.collator = texts.collator(tokenizer)
+        set_seed(spec.seed)
+        # Made where making them is fast, kept where they take no memory that is measured.
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            self.weights = T5ForConditionalGeneration(T5Config(**PRESETS[spec.model])).cpu()
+
+
+def measure(spec: Spec, batch_size: int, materials: Materials) -> Row:
+    """One cell; running out of memory is a result, any other error ends the process."""
+    started = time.perf_counter()
+    try:
+        row = train_and_measure(spec, batch_size, materials)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        row = spec.row(batch_size, status=OUT_OF_MEMORY, error=str(error).splitlines()[0][:160])
+        if spec.num_gpus > 1:
+            say("RESULT", asdict(row))
+            os._exit(3)  # the other ranks wait for this one: the launcher ends them
+    row.seconds = time.perf_counter() - started
+    return row
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        sign in text for sign in ("out of memory", "cublas_status_alloc_failed", "can't allocate memory")
+    )
+
+
+def train_and_measure(spec: Spec, batch_size: int, materials: Materials) -> Row:
+    import torch
+    from measure import texts
+    from measure.clock import Clock
+
+    cuda = torch.cuda.is_available()
+    step_rows = batch_size * spec.num_gpus
+    longest = NUM_WARMUP + (spec.steps or MAX_MEASURED)
+    if spec.full:
+        schedule = texts.whole_epoch(materials.pairs, step_rows, spec.seed)
+        num_warmup, most = min(NUM_WARMUP, schedule.epoch_steps - 1), schedule.epoch_steps
+    else:
+        schedule = texts.sampled_epoch(materials.pairs, step_rows, longest, spec.seed)
+        num_warmup, most = NUM_WARMUP, longest
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    clock = Clock(spec, num_warmup=num_warmup)
+    trainer = build_trainer(spec, batch_size, most, texts.Chosen(materials.pairs, schedule.rows), materials, clock)
+    clock.trainer = trainer
+    try:
+        trainer.train()
+        row = to_row(spec, batch_size, trainer, clock, schedule.epoch_steps)
+        row.num_samples = len(materials.pairs)
+        return row
+    finally:
+        clock.trainer = None
+        release(trainer)
+
+
+def build_trainer(
+    spec: Spec, batch_size: int, max_steps: int, dataset: Any, materials: Materials, clock: TrainerCallback
+) -> Seq2SeqTrainer:
+    import torch
+    from torch.utils.data import SequentialSampler
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    cuda = torch.cuda.is_available()
+    config = None if spec.engine == PLAIN else json.loads(CONFIG.read_text(encoding="utf-8"))
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=os.path.join(tempfile.gettempdir(), f"translation_sweep_{os.getpid()}"),
+        per_device_train_batch_size=batch_size,
+        max_steps=max_steps,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=1,  # as the WarmupLR of the configuration; DeepSpeed does not start with 0
+        fp16=cuda and spec.precision == "fp16",
+        bf16=cuda and spec.precision == "bf16",
+        seed=spec.seed,
+        logging_steps=10**9,  # the clock asks for the two entries that it needs
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=cuda,
+        deepspeed=config,
+        use_cpu=not cuda and config is None,
+    )
+
+    class InOrder(Seq2SeqTrainer):
+        """Takes the samples in the order given: the schedule has shuffled them."""
+
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return SequentialSampler(dataset)
+
+    return InOrder(
+        model=copy.deepcopy(materials.weights),
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=materials.collator,
+        callbacks=[clock],
+    )
+
+
+def release(trainer: Seq2SeqTrainer) -> None:
+    """Give the device back before the next batch size."""
+    engine = trainer.model_wrapped
+    try:
+        if hasattr(engine, "destroy"):
+            engine.destroy()
+        trainer.accelerator.free_memory()
+    except Exception:  # after running out of memory; what is left over is looked at by the caller
+        traceback.print_exc()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+
+
+def to_row(spec: Spec, batch_size: int, trainer: Seq2SeqTrainer, clock: Any, epoch_steps: int) -> Row:
+    import torch
+    from measure.usage import GIB, num_cores
+
+    cuda = torch.cuda.is_available()
+    usage, steps = clock.usage, clock.step_seconds
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), clock.device_used] if cuda else []
+    cpu_s, *peaks = over_ranks(spec, usage.cpu_s, [*memory, usage.rss_bytes])
+    median, cores = statistics.median(steps), num_cores()
+    busy = cpu_s / usage.wall_s
+    share = busy / max(usage.cpu_s / usage.wall_s, 1e-9)
+    return spec.row(
+        batch_size,
+        device=torch.cuda.get_device_name() if cuda else "cpu",
+        precision=spec.precision if cuda else "fp32",
+        num_parameters=sum(p.numel() for p in trainer.model.parameters()),
+        epoch_steps=epoch_steps,
+        warmup_steps=clock.num_warmup,
+        measured_steps=len(steps),
+        is_full_epoch=spec.full,
+        step_seconds_median=median,
+        step_seconds_mean=usage.wall_s / len(steps),
+        step_seconds_p90=sorted(steps)[int(0.9 * (len(steps) - 1))],
+        epoch_seconds=clock.train_seconds if spec.full else None,
+        epoch_seconds_scaled=median * epoch_steps,
+        samples_per_second=batch_size * spec.num_gpus / median,
+        gpu_allocated_gib=peaks[0] / GIB if cuda else None,
+        gpu_reserved_gib=peaks[1] / GIB if cuda else None,
+        gpu_device_gib=peaks[2] / GIB if cuda else None,
+        num_cores=cores,
+        cpu_percent_mean=100 * busy / cores,
+        cpu_percent_machine=usage.machine_percent,
+        cpu_percent_per_second=";".join(f"{100 * share * value / cores:.1f}" for value in usage.cores_per_second),
+        cpu_seconds_per_second=busy,
+        host_rss_gib=peaks[-1] / GIB,
+        loss_warmup=losses[0] if losses else None,
+        loss=losses[-1] if losses else None,
+        skipped_steps=clock.num_skipped,
+    )
+
+
+def over_ranks(spec: Spec, summed: float, largest: list[float]) -> list[float]:
+    """``summed`` added up over the ranks, then the largest of each of ``largest``."""
+    if spec.num_gpus == 1:
+        return [summed, *largest]
+    import torch
+    import torch.distributed as dist
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    total = torch.tensor([summed], dtype=torch.float64, device=device)
+    peaks = torch.tensor(largest, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+    return [*total.tolist(), *peaks.tolist()]
+
+
+if __name__ == "__main__":
+    main()

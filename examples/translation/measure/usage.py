@@ -1,0 +1,142 @@
+"""Memory and processor time of this process, sampled by a thread while a cell runs."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import NamedTuple
+
+import psutil
+import torch
+
+INTERVAL_S = 0.25
+GIB = 2**30
+
+
+class Usage(NamedTuple):
+    """Between ``start`` and ``stop`` of a sampler."""
+
+    wall_s: float
+    cpu_s: float
+    """Processor time of this process and its children."""
+    cores_per_second: list[float]
+    """Cores kept busy by this process, second by second."""
+    machine_percent: float | None
+    """Share of all cores of the machine, all processes; None where the system does not say."""
+    rss_bytes: int
+
+
+def num_cores() -> float:
+    """Cores that this process may use: its affinity, and the quota of its control group if that is less."""
+    allowed = float(len(os.sched_getaffinity(0)))
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            allowed = min(allowed, int(quota) / int(period))
+    except (OSError, ValueError):
+        pass
+    return allowed
+
+
+class Sampler:
+    """A few system calls every INTERVAL_S, on a thread of its own; it takes no lock that training waits for."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._points: list[tuple[float, float]] = []
+        self._rss = 0
+        self._device_used = 0
+        self._handle = _nvml_handle()
+
+    def start(self) -> None:
+        self._stop.clear()
+        self._points = [self._point()]
+        self._machine = psutil.cpu_times()
+        self._rss = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._run, name="usage-sampler", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> Usage:
+        assert self._thread is not None
+        self._stop.set()
+        self._thread.join()
+        self._points.append(self._point())
+        (first_wall, first_cpu), (last_wall, last_cpu) = self._points[0], self._points[-1]
+        self._rss = max(self._rss, self._process.memory_info().rss)
+        return Usage(
+            wall_s=last_wall - first_wall,
+            cpu_s=last_cpu - first_cpu,
+            cores_per_second=_per_second(self._points),
+            machine_percent=_busy_percent(self._machine, psutil.cpu_times()),
+            rss_bytes=self._rss,
+        )
+
+    @property
+    def device_used_bytes(self) -> int:
+        """Most memory that the device reported as used so far, by anybody; 0 without a GPU."""
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            self._device_used = max(self._device_used, total - free)
+        return self._device_used
+
+    def _point(self) -> tuple[float, float]:
+        times = self._process.cpu_times()
+        return time.perf_counter(), times.user + times.system + times.children_user + times.children_system
+
+    def _run(self) -> None:
+        while not self._stop.wait(INTERVAL_S):
+            self._points.append(self._point())
+            self._rss = max(self._rss, self._process.memory_info().rss)
+            if self._handle is not None:
+                self._device_used = max(self._device_used, _nvml_used(self._handle))
+
+
+def _per_second(points: list[tuple[float, float]]) -> list[float]:
+    """Cores busy in each whole second, interpolated between the samples; one value if there is no whole second."""
+    start, end = points[0][0], points[-1][0]
+    walls, cpus = [wall - start for wall, _ in points], [cpu for _, cpu in points]
+    if end - start < 1:
+        return [(cpus[-1] - cpus[0]) / max(end - start, 1e-9)]
+    at_second = [_interpolate(walls, cpus, float(second)) for second in range(int(end - start) + 1)]
+    return [after - before for before, after in zip(at_second, at_second[1:])]
+
+
+def _interpolate(walls: list[float], values: list[float], at: float) -> float:
+    for index in range(1, len(walls)):
+        if walls[index] >= at:
+            width = walls[index] - walls[index - 1]
+            share = (at - walls[index - 1]) / width if width > 0 else 1.0
+            return values[index - 1] + share * (values[index] - values[index - 1])
+    return values[-1]
+
+
+def _busy_percent(before: object, after: object) -> float | None:
+    total = sum(after) - sum(before)  # type: ignore[call-overload]
+    idle = sum(getattr(after, name, 0.0) - getattr(before, name, 0.0) for name in ("idle", "iowait"))
+    # Sandboxes may report nothing but zeros.
+    return None if total <= 0 else 100.0 * (1.0 - idle / total)
+
+
+def _nvml_handle() -> object | None:
+    if not torch.cuda.is_available():
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}".encode())
+    except Exception:  # no such package, or a sandbox in which NVML is closed: mem_get_info remains
+        return None
+
+
+def _nvml_used(handle: object) -> int:
+    import pynvml
+
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    except pynvml.NVMLError:
+        return 0
