@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -83,7 +85,7 @@ def test_shards_are_equal_and_cover_the_bucket(plan: Plan) -> None:
         ranges = [layout.shard_range(shard) for shard in range(layout.num_shards)]
         assert ranges[0][0] == 0
         assert ranges[-1][1] == layout.padded_numel
-        assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:]))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
         assert {high - low for low, high in ranges} == {layout.shard_numel}
 
 
@@ -120,7 +122,7 @@ def test_slots_in_shards_join_up_to_whole_parameters(plan: Plan) -> None:
             if mine:
                 assert mine[0][0] == slot.start
                 assert mine[-1][1] == slot.end
-                assert all(a[1] == b[0] for a, b in zip(mine, mine[1:]))
+                assert all(a[1] == b[0] for a, b in itertools.pairwise(mine))
 
 
 @given(plans())

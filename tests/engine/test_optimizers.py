@@ -7,6 +7,7 @@ tested) for tensors of multiples of 16; for the others, to the last bit of a wei
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,7 @@ def _by_rule(
     """One flat vector, cut into pieces at ``cut``."""
     flat = torch.cat([tensor.flatten() for tensor in _start(shapes)])
     edges = [0, *(cut or []), flat.numel()]
-    pieces = [Piece(0, 0, start, end) for start, end in zip(edges, edges[1:])]
+    pieces = [Piece(0, 0, start, end) for start, end in itertools.pairwise(edges)]
     states = PieceStates(rule, pieces)
     group = {**rule.defaults, **(group or {})}
     for index, piece in enumerate(pieces):
