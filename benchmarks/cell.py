@@ -269,8 +269,23 @@ def profile(trainer: Any, args: argparse.Namespace) -> None:
         counted.export_chrome_trace(args.trace)
 
 
+def run_cell(args: argparse.Namespace, batch: int, is_first: bool) -> dict[str, Any]:
+    import torch
+
+    try:
+        result = run_batch(args, batch, is_first)
+    except torch.cuda.OutOfMemoryError as error:
+        result = {"engine": args.engine, "model": args.model, "precision": args.precision, "batch": batch}
+        result["error"] = f"out of memory: {str(error)[:120]}"
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return result
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", required=True)
     parser.add_argument("--model", default="t5-base", choices=sorted(MODELS))
     parser.add_argument("--precision", default="fp16", choices=["fp16", "bf16"])
@@ -282,24 +297,23 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print where host time goes, measure nothing")
     parser.add_argument("--trace", help="with --profile: write a chrome trace here")
+    parser.add_argument("--serve", action="store_true", help="read one JSON object of options a line, run it, repeat")
     args = parser.parse_args()
     if args.engine.startswith("ours"):
         import hf_zero_plugin
 
         hf_zero_plugin.activate()
-    import torch
+    import torch  # noqa: F401 - the engines are compared from here on
+    import transformers  # noqa: F401
 
-    for number, batch in enumerate(int(b) for b in args.batches.split(",")):
-        try:
-            result = run_batch(args, batch, is_first=number == 0)
-        except torch.cuda.OutOfMemoryError as error:
-            result = {"engine": args.engine, "model": args.model, "precision": args.precision, "batch": batch}
-            result["error"] = f"out of memory: {str(error)[:120]}"
-        print("RESULT " + json.dumps(result), flush=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+    if not args.serve:
+        for number, batch in enumerate(int(b) for b in args.batches.split(",")):
+            print("RESULT " + json.dumps(run_cell(args, batch, number == 0)), flush=True)
+        return
+    print("READY", flush=True)
+    for number, line in enumerate(sys.stdin):
+        job = argparse.Namespace(**{**vars(args), **json.loads(line)})
+        print("RESULT " + json.dumps(run_cell(job, job.batch, number == 0)), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,22 +116,22 @@ def assemble(
     parts = Assembly(module, device, sharding_for(settings.stage, rank=rank, world_size=world_size))
     compute = DTYPES[settings.precision] if settings.precision != "fp32" else None
     if param_groups is None:
-        _place_rest(module, device, compute, skip=set())
+        place_rest(module, device, compute, skip=set())
         return parts
-    rule, optimizer, client_steps = _choose_optimizer(settings, param_groups, client)
+    rule, optimizer, client_steps = choose_optimizer(settings, param_groups, client)
     parts.optimizer = optimizer
     parts.params, specs = _specs(module, optimizer.param_groups, compute)
-    _place_rest(module, device, compute, skip={id(param) for param in parts.params})
+    place_rest(module, device, compute, skip={id(param) for param in parts.params})
     numel = max(1, min(settings.reduce_bucket_size, BUCKET_NUMEL))
     parts.layouts = plan_buckets(specs, bucket_numel=numel, num_shards=parts.sharding.num_shards)
     parts.weights = FlatWeights(parts.layouts, parts.params, device)
     if world_size > 1:
-        _broadcast_rest(module, {id(param) for param in parts.params}, group)
+        broadcast_rest(module, {id(param) for param in parts.params}, group)
     _wire(parts, settings, rule, client if client_steps else None, group)
     return parts
 
 
-def _choose_optimizer(
+def choose_optimizer(
     settings: EngineSettings, param_groups: list[dict[str, Any]], client: torch.optim.Optimizer | None
 ) -> tuple[UpdateRule, ZeroOptimizer, bool]:
     if client is None:
@@ -170,7 +170,7 @@ def _specs(
 
 
 @torch.no_grad()
-def _place_rest(module: nn.Module, device: torch.device, compute: torch.dtype | None, skip: set[int]) -> None:
+def place_rest(module: nn.Module, device: torch.device, compute: torch.dtype | None, skip: set[int]) -> None:
     """Move what is not trained. Buffers keep their type: rotary tables and running means need their precision."""
     for submodule in module.modules():
         for param in submodule._parameters.values():
@@ -182,16 +182,16 @@ def _place_rest(module: nn.Module, device: torch.device, compute: torch.dtype | 
                 submodule._buffers[name] = buffer.to(device)
 
 
-def _broadcast_rest(module: nn.Module, skip: set[int], group: dist.ProcessGroup | None) -> None:
+def broadcast_rest(module: nn.Module, skip: set[int], group: dist.ProcessGroup | None) -> None:
     for tensor in [*(p.data for p in module.parameters() if id(p) not in skip), *module.buffers()]:
         # Some backends only take contiguous tensors.
         whole = tensor.contiguous()
-        dist.broadcast(whole, src=_source(group), group=group)
+        dist.broadcast(whole, src=source_rank(group), group=group)
         if whole is not tensor:
             tensor.copy_(whole)
 
 
-def _source(group: dist.ProcessGroup | None) -> int:
+def source_rank(group: dist.ProcessGroup | None) -> int:
     return dist.get_global_rank(group, 0) if group is not None else 0
 
 
@@ -205,49 +205,53 @@ def _wire(
     """Adopt the weights bucket by bucket and connect gradients, masters and doors."""
     sharding, weights = parts.sharding, parts.weights
     assert weights is not None and parts.optimizer is not None
-    exact: list[Tensor] = []
-    for layout in parts.layouts:
-        values = weights.adopt_bucket(layout, layout.dtype)  # type: ignore[arg-type]
-        if sharding.world_size > 1:
-            dist.broadcast(values, src=_source(group), group=group)
-            if weights.flats[-1] is not values:
-                weights.flats[-1].copy_(values)
-        low, high = layout.shard_range(sharding.shard)
-        owned = high - low == layout.padded_numel
-        exact.append(values if owned or values is weights.flats[-1] else values[low:high].clone())
-    parts.grads = _make_grads(parts, settings, group)
+    exact_values = adopt_weights(weights, parts.layouts, sharding, group)
+    parts.grads = make_grads(parts, settings, group)
     context = Context(
         rule=rule,
         weights=weights.flats,
         grads=parts.grads,
         shard_starts=[layout.shard_range(sharding.shard)[0] for layout in parts.layouts],
-        finish_bucket=lambda bucket, home: _finish_bucket(parts, bucket, home),
+        finish_bucket=lambda bucket, home: finish_bucket(parts, bucket, home),
         device=parts.device,
         is_alone=sharding.world_size == 1,
         groups=parts.optimizer.param_groups,
     )
-    parts.masters = MasterWeights(_make_homes(parts, settings, context, client), len(parts.layouts))
+    parts.masters = MasterWeights(make_homes(parts, settings, context, client), len(parts.layouts))
     if sharding.gathers_weights and any(isinstance(home, HostHome) for home in parts.masters.homes):
         # The worker thread gathers while the main thread may be in another collective: keep them apart.
         parts.gather_group = dist.new_group(dist.get_process_group_ranks(group) if group is not None else None)
     else:
         parts.gather_group = group
 
-    def exact_values(piece: Piece) -> Tensor:
-        values = exact[piece.bucket]
-        start = (
-            piece.start
-            if values.numel() == parts.layouts[piece.bucket].padded_numel
-            else (piece.start - context.shard_starts[piece.bucket])
-        )
-        return values[start : start + piece.numel]
-
     parts.masters.reset_from(exact_values)
     parts.doors = Doors(parts.module, parts.layouts, parts.params)
     parts.doors.guard(parts.masters)
 
 
-def _make_grads(parts: Assembly, settings: EngineSettings, group: dist.ProcessGroup | None) -> GradientStore:
+def adopt_weights(
+    weights: FlatWeights, layouts: Sequence[BucketLayout], sharding: Sharding, group: dist.ProcessGroup | None
+) -> Callable[[Piece], Tensor]:
+    """Move parameters into flat buckets, rank 0's values on every rank; return their exact fp32 values by piece."""
+    exact: dict[int, tuple[int, Tensor]] = {}
+    for layout in layouts:
+        values = weights.adopt_bucket(layout, layout.dtype)  # type: ignore[arg-type]
+        if sharding.world_size > 1:
+            dist.broadcast(values, src=source_rank(group), group=group)
+            if weights.flats[-1] is not values:
+                weights.flats[-1].copy_(values)
+        low, high = layout.shard_range(sharding.shard)
+        is_whole = high - low == layout.padded_numel or values is weights.flats[-1]
+        exact[layout.index] = (0, values) if is_whole else (low, values[low:high].clone())
+
+    def exact_values(piece: Piece) -> Tensor:
+        first, values = exact[piece.bucket]
+        return values[piece.start - first : piece.end - first]
+
+    return exact_values
+
+
+def make_grads(parts: Assembly, settings: EngineSettings, group: dist.ProcessGroup | None) -> GradientStore:
     assert parts.weights is not None
     wire = settings.communication_dtype
     options = ReduceOptions(
@@ -272,7 +276,7 @@ def _make_grads(parts: Assembly, settings: EngineSettings, group: dist.ProcessGr
     )
 
 
-def _make_homes(
+def make_homes(
     parts: Assembly, settings: EngineSettings, context: Context, client: torch.optim.Optimizer | None
 ) -> list[Home]:
     offload, sharding = settings.offload_optimizer, parts.sharding
@@ -333,11 +337,12 @@ def _refuse_cut_parameters(rule: UpdateRule, client: torch.optim.Optimizer | Non
         )
 
 
-def _finish_bucket(parts: Assembly, bucket: int, home: object) -> None:
+def finish_bucket(parts: Assembly, bucket: int, home: object) -> None:
     assert parts.masters is not None and parts.grads is not None and parts.weights is not None
     if parts.masters.finisher[bucket] is not home:
         return
-    parts.grads.clear_shard(bucket)
+    if parts.sharding.world_size > 1:
+        parts.grads.clear_shard(bucket)
     if parts.sharding.gathers_weights:
         flat = parts.weights.flats[bucket]
         low, high = parts.layouts[bucket].shard_range(parts.sharding.shard)

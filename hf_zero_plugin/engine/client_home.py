@@ -65,6 +65,7 @@ class ClientHome(Home):
             weight = self.context.weight_of(piece)
             if weight.data_ptr() != master.data_ptr():
                 weight.copy_(master.detach().view(-1))
+            self.context.clear_grad(piece)
             if self.last_piece_of_bucket[piece.bucket] == index:
                 self.context.finish_bucket(piece.bucket, self)
 

@@ -60,6 +60,11 @@ class Context(NamedTuple):
         start = self.shard_starts[piece.bucket]
         return self.grads.shard(piece.bucket)[piece.start - start : piece.end - start]
 
+    def clear_grad(self, piece: Piece) -> None:
+        """Forget a consumed gradient, on the current stream. With several ranks ``finish_bucket`` does it for all."""
+        if self.is_alone:
+            self.grad_of(piece).zero_()
+
     def weight_of(self, piece: Piece) -> Tensor:
         return self.weights[piece.bucket][piece.start : piece.end]
 
@@ -136,6 +141,7 @@ class DeviceHome(Home):
                 grad.mul_(inputs.multiplier)
             self._states.update(index, grad, inputs.groups[piece.group], number, inputs.found_inf)
             self._write_weight(index)
+            self.context.clear_grad(piece)
             if self.last_piece_of_bucket[piece.bucket] == index:
                 self.context.finish_bucket(piece.bucket, self)
 

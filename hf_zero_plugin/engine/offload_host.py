@@ -116,6 +116,7 @@ class HostHome(Home):
         with torch.cuda.stream(self._copies):
             for index in self._pieces_of[bucket]:
                 self._half[index].copy_(self.context.grad_of(self.pieces[index]), non_blocking=True)
+                self.context.clear_grad(self.pieces[index])
             self._grad_ready[bucket] = self._copies.record_event()
 
     def run(self, job: _Job) -> None:
@@ -131,6 +132,8 @@ class HostHome(Home):
                         self.context.finish_bucket(job.bucket, self)
                         self._uploaded[job.bucket] = self._uploads.record_event()
                 else:
+                    for index in self._pieces_of[job.bucket]:
+                        self.context.clear_grad(self.pieces[index])
                     self.context.finish_bucket(job.bucket, self)
         except BaseException as error:  # a thread has nobody to raise to: the next wait raises it
             self._error = error

@@ -133,14 +133,12 @@ class StreamedHome(Home):
     def _update(self, slot: _Slot, piece: Piece, inputs: StepInputs, number: Tensor) -> None:
         rows = slot.buffer[: (self._rows + 1) * piece.numel].view(self._rows + 1, -1)
         master, *states, wide = rows.unbind(0)
-        grad = self.context.grad_of(piece)
-        wide.copy_(grad)
+        wide.copy_(self.context.grad_of(piece))
         if inputs.multiplier is not None:
             wide.mul_(inputs.multiplier)
         self.context.rule.update(master, wide, states, inputs.groups[piece.group], number, inputs.found_inf)
         self.context.weight_of(piece).copy_(master)
-        if self.context.is_alone:
-            grad.zero_()
+        self.context.clear_grad(piece)
 
     def _gather(self, bucket: int) -> None:
         with torch.cuda.stream(self._gathers):

@@ -7,15 +7,17 @@ through one of these doors, and each door waits for no more than it needs:
     named_parameters, parameters, state_dict, load_state_dict of any module of the model     all buckets
     GatheredParameters, save, evaluate, export, destroy                                       all buckets
 
-Code that keeps a tensor of its own and reads it right after ``step`` calls ``engine.synchronize()``.
+Code that keeps a tensor of its own and reads it right after ``step`` calls ``engine.synchronize()``. Code that walks
+over parameters for their sizes or types alone, every step, does so inside ``unguarded()``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -24,11 +26,28 @@ from torch.utils.hooks import RemovableHandle
 from hf_zero_plugin.engine.buckets import BucketLayout
 from hf_zero_plugin.engine.master_weights import MasterWeights
 
-__all__ = ["Doors"]
+__all__ = ["Doors", "is_training", "unguarded"]
 
 _open: weakref.WeakSet[Doors] = weakref.WeakSet()
 _patched: dict[str, Callable[..., Any]] = {}
 _lock = threading.Lock()
+_state = threading.local()
+
+
+@contextlib.contextmanager
+def unguarded() -> Iterator[None]:
+    """Enumerate parameters without waiting for their values; for looking at shapes, types and devices."""
+    previous = getattr(_state, "unguarded", False)
+    _state.unguarded = True
+    try:
+        yield
+    finally:
+        _state.unguarded = previous
+
+
+def is_training(module: nn.Module) -> bool:
+    """Whether a living engine holds ``module``."""
+    return any(doors.holds(module) for doors in list(_open))
 
 
 class Doors:
@@ -54,8 +73,11 @@ class Doors:
     def masters(self) -> MasterWeights | None:
         return self._masters
 
+    def holds(self, module: nn.Module) -> bool:
+        return module in self._modules
+
     def wait_if_mine(self, module: nn.Module) -> None:
-        if self._masters is not None and self._masters.any_pending and module in self._modules:
+        if self._masters is not None and self._masters.any_pending and self.holds(module):
             self._masters.wait_all()
 
     def close(self) -> None:
@@ -93,8 +115,9 @@ class _Wait:
 def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for doors in list(_open):
-            doors.wait_if_mine(self)
+        if not getattr(_state, "unguarded", False):
+            for doors in list(_open):
+                doors.wait_if_mine(self)
         return original(self, *args, **kwargs)
 
     return call

@@ -30,6 +30,7 @@ _TOO_LATE = ("transformers.trainer", "transformers.integrations.deepspeed", "acc
 
 _REPAIRED = {
     "transformers.integrations.deepspeed": "repair_transformers_deepspeed",
+    "transformers.modeling_utils": "repair_modeling_utils",
     "transformers.training_args": "repair_training_args",
     "transformers.trainer": "repair_trainer",
     "accelerate.utils.dataclasses": "repair_accelerate_plugin",

@@ -69,7 +69,9 @@ def initialize(
         raise ConfigError("deepspeed.initialize: no configuration was given; pass config= (a dict or a path)")
     init_distributed()
     resolved = _resolved_by_trainer(given)
-    settings = resolved.settings if resolved is not None else resolve_dict(_as_dict(given), world_size=dist.get_world_size())
+    settings = (
+        resolved.settings if resolved is not None else resolve_dict(_as_dict(given), world_size=dist.get_world_size())
+    )
     evaluates = optimizer is None and model_parameters is None and config is None
     groups = None if evaluates else _groups(model, optimizer, model_parameters, settings, resolved)
     engine = ZeroEngine(

@@ -16,6 +16,7 @@ from hf_zero_plugin.integration.removed_flags import restore_overwrite_output_di
 __all__ = [
     "repair_accelerate_plugin",
     "repair_accelerate_state",
+    "repair_modeling_utils",
     "repair_trainer",
     "repair_training_args",
     "repair_transformers_deepspeed",
@@ -79,6 +80,39 @@ def repair_transformers_deepspeed(module: ModuleType) -> None:
     cls.__init__ = __init__
     cls.trainer_config_process = trainer_config_process
     cls.trainer_config_finalize = trainer_config_finalize
+
+
+def repair_modeling_utils(module: ModuleType) -> None:
+    """PreTrainedModel's questions about sizes and types do not wait for pending weights.
+
+    Mends: the Trainer counts all parameters after every step, and models ask for their own dtype within ``forward``;
+    both walk over ``named_parameters``, which would make every step wait for all of the update before it.
+    """
+    from hf_zero_plugin.engine.readiness import is_training, unguarded
+
+    cls = module.PreTrainedModel
+    count = cls.num_parameters
+
+    @functools.wraps(count)
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        with unguarded():
+            if only_trainable or not is_training(self):
+                return count(self, only_trainable, exclude_embeddings)
+            # The count cannot change while an engine holds the parameters; counting takes a millisecond or two.
+            memo = self.__dict__.setdefault("_hf_zero_counts", {})
+            if exclude_embeddings not in memo:
+                memo[exclude_embeddings] = count(self, only_trainable, exclude_embeddings)
+            return memo[exclude_embeddings]
+
+    cls.num_parameters = num_parameters
+    for name in ("dtype", "device"):
+        ask = getattr(cls, name).fget
+
+        def answer(self: Any, ask: Any = ask) -> Any:
+            with unguarded():
+                return ask(self)
+
+        setattr(cls, name, property(answer, doc=getattr(cls, name).__doc__))
 
 
 def repair_training_args(module: ModuleType) -> None:
