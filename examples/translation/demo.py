@@ -100,7 +100,8 @@ def training_command(files: Files, out_dir: Path, options: argparse.Namespace) -
     import torch
 
     if options.plain:
-        command = [sys.executable, str(SCRIPT)]
+        # The schedule that the engine's run takes from its config.
+        command = [sys.executable, str(SCRIPT), "--lr_scheduler_type", "constant_with_warmup"]
     else:
         command = [find_launcher(), "run", str(SCRIPT), "--deepspeed", str(CONFIG)]
     settings: dict[str, object] = {
@@ -157,9 +158,10 @@ def show_results(out_dir: Path, test_file: Path, title: str) -> None:
     results = json.loads((out_dir / "all_results.json").read_text(encoding="utf-8"))
     console = Console()
 
-    scores = Table(title=f"English to Romanian: {title}", title_justify="left")
-    scores.add_column("")
-    scores.add_column("", justify="right")
+    console.print(f"English to Romanian, {title}", style="italic")
+    scores = Table(show_header=False)
+    scores.add_column()
+    scores.add_column(justify="right")
     scores.add_row(f"BLEU before, {results['predict_samples']} held-out sentences", f"{results['before_bleu']:.1f}")
     scores.add_row("BLEU after", f"[bold]{results['predict_bleu']:.1f}[/bold]")
     scores.add_row("seconds per step", f"{1 / results['train_steps_per_second']:.3f}")
@@ -180,6 +182,7 @@ def show_results(out_dir: Path, test_file: Path, title: str) -> None:
 
 def memory_table(memory: dict[str, dict[str, int]] | None) -> Any:
     """Bytes by kind and place, as ``engine.memory_report()`` gave them; None if the engine cannot say."""
+    import torch
     from rich.table import Table
 
     table = Table(title="Memory", title_justify="left")
@@ -188,7 +191,8 @@ def memory_table(memory: dict[str, dict[str, int]] | None) -> Any:
         table.add_column("host, GPU")
         table.add_row("weights, gradients, master weights, moments", "not available (the stock Trainer does not say)")
         return table
-    places = {"host": "host, MiB", "device": "GPU, MiB"}
+    device = "GPU" if torch.cuda.is_available() else "device (no GPU: host too)"
+    places = {"host": "host, MiB", "device": f"{device}, MiB"}
     for heading in places.values():
         table.add_column(heading, justify="right")
     found = {kind for by_kind in memory.values() for kind in by_kind}

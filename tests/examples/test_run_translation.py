@@ -138,7 +138,8 @@ def test_real_text_with_t5s_own_tokenizer(run_script: Run, data_dir: Path, tmp_p
     done = run_script(
         [
             "--config_name", "preset:t5-small", "--tokenizer_name", str(data_dir / "tokenizer_t5"),
-            "--config_overrides", "d_model=32,d_ff=64,d_kv=8,num_layers=1,num_heads=4", "--source_lang", "en", "--target_lang", "ro",
+            "--config_overrides", "d_model=32,d_ff=64,d_kv=8,num_layers=1,num_heads=4",
+            "--source_lang", "en", "--target_lang", "ro",
             "--train_file", str(data_dir / "wmt16_en_ro" / "train.json"), "--max_train_samples", "50",
             "--test_file", str(data_dir / "wmt16_en_ro" / "test.json"), "--max_predict_samples", "8",
             "--do_train", "--do_predict", "--predict_with_generate", "--max_steps", "4", "--normalize_diacritics",
