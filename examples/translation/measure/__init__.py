@@ -3,9 +3,11 @@
 ::
 
     rows.py    one cell of the sweep is one row; the CSV file, read and written
+    spec.py    what one process is to measure
     texts.py   sentence pairs -> token ids -> the batches that stand for an epoch
     usage.py   memory and processor time, sampled while a cell runs
     cell.py    the process that trains: one model, one engine, some batch sizes
+    clock.py   the Trainer callback that times the steps
     plan.py    which cells are still to be measured, and in which processes
     child.py   starting such a process, reading its results, surviving its death
 """

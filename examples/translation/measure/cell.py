@@ -18,58 +18,17 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from measure.rows import OUT_OF_MEMORY, Row
+from measure.spec import CONFIG, MAX_MEASURED, NUM_WARMUP, PLAIN, ZERO, Spec
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainer, TrainerCallback
 
-ROOT = Path(__file__).resolve().parents[3]
-CONFIG = ROOT / "configs" / "zero2_offload.json"
-PLAIN, ZERO, DEEPSPEED = "plain", "zero2_offload", "deepspeed"
-ENGINES = (PLAIN, ZERO, DEEPSPEED)
-NUM_WARMUP = 9
-"""The largest batch once, every other shape at least once, and three steps from which a step's time is guessed."""
-NUM_GUESS = 3
-MIN_MEASURED, MAX_MEASURED = 6, 60
 MAX_LEFTOVER_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """What one process measures; travels as JSON."""
-
-    model: str
-    engine: str
-    batches: list[int]
-    train_file: str
-    tokenizer: str
-    num_samples: int = 10_000
-    max_length: int = 128
-    steps: int | None = None
-    """Steps to measure after the warm-up; None means what fits ``cell_seconds``."""
-    full: bool = False
-    """The whole epoch, the warm-up being part of it."""
-    cell_seconds: float = 8.0
-    precision: str = "fp16"
-    num_gpus: int = 1
-    gpu_memory_limit_gib: float = 0.0
-    round: int = 0
-    seed: int = 42
-
-    def row(self, batch_size: int, **values: Any) -> Row:
-        return Row(
-            model=self.model,
-            engine=self.engine,
-            batch_size=batch_size,
-            num_gpus=self.num_gpus,
-            gpu_memory_limit_gib=self.gpu_memory_limit_gib,
-            round=self.round,
-            **values,
-        )
 
 
 def main() -> None:
@@ -112,6 +71,7 @@ def describe_machine() -> dict[str, Any]:
 
     import psutil
     import torch
+
     from measure.usage import num_cores
 
     def version(name: str) -> str | None:
@@ -138,9 +98,10 @@ class Materials:
 
     def __init__(self, spec: Spec) -> None:
         import torch
-        from measure import texts
         from models import PRESETS
         from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, set_seed
+
+        from measure import texts
 
         tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
         pairs = texts.read_pairs(Path(spec.train_file), spec.num_samples)
@@ -178,6 +139,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def train_and_measure(spec: Spec, batch_size: int, materials: Materials) -> Row:
     import torch
+
     from measure import texts
     from measure.clock import Clock
 
@@ -262,6 +224,7 @@ def release(trainer: Seq2SeqTrainer) -> None:
 
 def to_row(spec: Spec, batch_size: int, trainer: Seq2SeqTrainer, clock: Any, epoch_steps: int) -> Row:
     import torch
+
     from measure.usage import GIB, num_cores
 
     cuda = torch.cuda.is_available()

@@ -6,9 +6,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from measure.cell import MAX_MEASURED, MIN_MEASURED, NUM_GUESS, Spec
-from measure.usage import Sampler, Usage
 from transformers import TrainerCallback
+
+from measure.spec import MAX_MEASURED, MIN_MEASURED, NUM_GUESS, Spec
+from measure.usage import Sampler, Usage
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainer, TrainerControl, TrainerState

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -102,7 +103,7 @@ def _per_second(points: list[tuple[float, float]]) -> list[float]:
     if end - start < 1:
         return [(cpus[-1] - cpus[0]) / max(end - start, 1e-9)]
     at_second = [_interpolate(walls, cpus, float(second)) for second in range(int(end - start) + 1)]
-    return [after - before for before, after in zip(at_second, at_second[1:])]
+    return [after - before for before, after in itertools.pairwise(at_second)]
 
 
 def _interpolate(walls: list[float], values: list[float], at: float) -> float:

@@ -1,0 +1,196 @@
+"""The sweep: GPU memory, processor load and time over batch size, with and without ZeRO-2 and optimizer offload.
+
+T5 of true size with random weights (memory and time do not depend on their values), English to Romanian, 128 tokens,
+fp16, one epoch of up to 10,000 pairs, batch 1 to 256, each (model, engine) in a process of its own::
+
+    python examples/translation/experiments.py                                 # the text that this example ships
+    python examples/translation/experiments.py --data DIR --tokenizer DIR      # DIR/wmt16_en_ro/train.json; T5's own
+    python examples/translation/figures.py                                     # figures from the CSV
+    python examples/translation/report.py                                      # RESULTS.md from the CSV
+
+A cell measures as many steps as fit ``--cell-seconds`` and scales to the epoch (columns measured_steps, epoch_steps,
+epoch_seconds_scaled); ``--full`` trains whole epochs. Running out of memory is a result. Interrupted or run again, the
+sweep goes on where it was: cells in the CSV are not measured twice.
+
+All 36 cells on one H200 take seven to nine minutes, with a limit beside them for one that must stop in time::
+
+    python examples/translation/experiments.py --data DATA --tokenizer DATA/tokenizer_t5 --max-minutes 9.3
+
+A smaller GPU, enforced (a process may allocate no more than this), to see where each engine runs out::
+
+    python examples/translation/experiments.py ... --models t5-base --gpu-memory-gib 16 --cell-seconds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import UserError, exit_code_of
+from measure.child import Events, run_process
+from measure.plan import Wanted, keys_of, plan
+from measure.progress import Progress
+from measure.rows import SETTLED, Row, read_rows, write_rows
+from measure.spec import ENGINES, PLAIN, ZERO, Spec
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+CSV_NAME, MACHINE_NAME = "sweep.csv", "sweep.json"
+BATCHES = [2**power for power in range(9)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_options(argv)
+    train_file, tokenizer = find_text(options)
+    template = Spec(
+        model="",
+        engine="",
+        batches=[],
+        train_file=str(train_file),
+        tokenizer=str(tokenizer),
+        num_samples=options.samples,
+        max_length=options.max_length,
+        steps=options.steps,
+        full=options.full,
+        cell_seconds=options.cell_seconds,
+        precision=options.precision,
+        num_gpus=options.num_gpus,
+        gpu_memory_limit_gib=options.gpu_memory_gib,
+        seed=options.seed,
+    )
+    wanted = Wanted(options.models, options.engines, options.batches, options.rounds)
+    Sweep(options.out, template, wanted, options).run()
+
+
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=RESULTS, help="folder of sweep.csv and sweep.json")
+    add("--data", type=Path, help="folder with wmt16_en_ro/train.json (JSON lines), or such a file")
+    add("--tokenizer", type=Path, help="folder of T5's tokenizer")
+    add("--models", type=_names, default=["t5-small", "t5-base"], help="presets of models.py")
+    add("--engines", type=_names, default=[PLAIN, ZERO], help=f"of {', '.join(ENGINES)} (the last if it is installed)")
+    add("--batches", type=_numbers, default=BATCHES, help="batch sizes per GPU")
+    add("--samples", type=int, default=10_000, help="pairs of an epoch, at most")
+    add("--max-length", type=int, default=128, help="tokens to which both sides are cut")
+    add("--precision", choices=["fp16", "bf16", "fp32"], default="fp16", help="on a GPU; a CPU trains in fp32")
+    add("--steps", type=_steps, default=None, help="steps to measure in a cell, or auto: what fits --cell-seconds")
+    add("--cell-seconds", type=float, default=8.0, help="about how long a cell trains with --steps auto")
+    add("--full", action="store_true", help="whole epochs: measured, not scaled; hours")
+    add("--no-group", dest="group", action="store_false", help="one process a cell, 10 s more each")
+    add("--rounds", type=int, default=1, help="repeat the whole sweep, engines in turn; figures show medians")
+    add("--num-gpus", type=int, default=1, help="ranks that train together")
+    add("--gpu-memory-gib", type=float, default=0.0, help="let a process allocate no more than this")
+    add("--max-minutes", type=float, help="start nothing that may end later, and stop at twice what is left")
+    add("--retry", action="store_true", help="measure cells again that failed before")
+    add("--seed", type=int, default=42)
+    options = parser.parse_args(argv)
+    unknown = set(options.engines) - set(ENGINES)
+    if unknown:
+        raise UserError(f"--engines {','.join(sorted(unknown))}: there are {', '.join(ENGINES)}.")
+    if options.data is not None and options.tokenizer is None:
+        raise UserError("--data needs --tokenizer: the folder of a tokenizer that knows this text, such as T5's.")
+    return options
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(name) for name in _names(text)]
+
+
+def _steps(text: str) -> int | None:
+    return None if text == "auto" else int(text)
+
+
+def find_text(options: argparse.Namespace) -> tuple[Path, Path]:
+    """The training file and the tokenizer's folder: the user's, or made from the corpus that this example ships.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if options.data is not None:
+        train_file = options.data if options.data.is_file() else options.data / "wmt16_en_ro" / "train.json"
+        if not train_file.is_file():
+            raise UserError(f"--data {options.data}: no file {train_file}.")
+        return train_file.resolve(), options.tokenizer.resolve()
+    folder = HERE.parents[1] / "out" / "sweep_text"
+    if not (folder / "done").is_file():
+        from corpus.build import build_corpus, write_corpus
+        from corpus.tokenizer import save_tokenizer
+
+        corpus = build_corpus()
+        write_corpus(corpus, folder)
+        save_tokenizer([text for pair in corpus.train for text in pair], folder / "tokenizer")
+        (folder / "done").touch()
+    return folder / "train.json", (options.tokenizer or folder / "tokenizer").resolve()
+
+
+class Sweep:
+    """Runs what is missing in the CSV and keeps the CSV up to date after every cell."""
+
+    def __init__(self, out: Path, template: Spec, wanted: Wanted, options: argparse.Namespace) -> None:
+        self.out, self.template, self.wanted, self.options = out, template, wanted, options
+        self.csv = out / CSV_NAME
+        rows = read_rows(self.csv) if self.csv.is_file() else []
+        self.rows = {row.key: row for row in rows}
+        self.progress = Progress(self.rows)
+        self.started = time.monotonic()
+        self.deadline = self.started + 60 * options.max_minutes if options.max_minutes else None
+        self.events = Events(self.progress.cell_started, self._finished, self._machine)
+
+    def run(self) -> None:
+        # A cell that failed in an earlier run waits for --retry; one that fails in this run is tried once more, alone.
+        before = {key for key, row in self.rows.items() if row.status in SETTLED or not self.options.retry}
+        with self.progress:
+            self._run_all(plan(self.wanted, self.template, before, grouped=self._is_grouped))
+            tried = before | {key for key, row in self.rows.items() if row.status in SETTLED}
+            failed = set(self.rows) - tried
+            self._run_all(
+                [s for s in plan(self.wanted, self.template, tried, grouped=False) if failed.intersection(keys_of(s))]
+            )
+        missing = plan(self.wanted, self.template, self.rows, grouped=False)
+        note = f"; {len(missing)} cells missing, run again to go on" if missing else ""
+        print(f"{len(self.rows)} cells in {self.csv}, {time.monotonic() - self.started:.0f} s{note}", flush=True)
+
+    @property
+    def _is_grouped(self) -> bool:
+        # Ranks that wait for one another do not survive an out-of-memory of one of them.
+        return self.options.group and self.template.num_gpus == 1
+
+    def _run_all(self, specs: list[Spec]) -> None:
+        for spec in specs:
+            waiting = spec.batches
+            while waiting and self._has_time():
+                waiting = run_process(dataclasses.replace(spec, batches=waiting), self.events, deadline=self.deadline)
+
+    def _has_time(self) -> bool:
+        return self.deadline is None or time.monotonic() < self.deadline - 15
+
+    def _finished(self, row: Row) -> None:
+        self.rows[row.key] = row
+        order = sorted(self.rows.values(), key=lambda r: (r.round, r.num_gpus, r.gpu_memory_limit_gib))
+        write_rows(self.csv, order)
+        self.progress.cell_finished(row)
+
+    def _machine(self, facts: dict[str, object]) -> None:
+        path = self.out / MACHINE_NAME
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"machines": []}
+        if facts not in known["machines"]:
+            known["machines"].append(facts)
+        known["text"] = os.path.basename(os.path.dirname(self.template.train_file))
+        known["max_length"], known["seed"] = self.template.max_length, self.template.seed
+        self.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main, "experiments.py"))
