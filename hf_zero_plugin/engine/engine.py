@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -89,7 +88,6 @@ class ZeroEngine(nn.Module):
         self._grad_norm: float | None = None
         self._destroyed = False
         register(self)
-        self._reload_hook = module.register_load_state_dict_post_hook(_Reloaded(self))
 
     def _make_scheduler(self, given: Any) -> Any:
         if self.optimizer is None:
@@ -164,6 +162,8 @@ class ZeroEngine(nn.Module):
             return
         parts, optimizer = self.parts, self.optimizer
         assert parts.masters is not None and parts.grads is not None and optimizer is not None
+        if parts.doors is not None:
+            parts.doors.settle()
         stats = grad_stats(
             parts.grads.norm_views(),
             device=self.device,
@@ -178,20 +178,23 @@ class ZeroEngine(nn.Module):
             multiplier=stats.multiplier,
             found_inf=stats.found_inf if self.settings.check_grad_overflow else None,
         )
-        launched = parts.masters.skips_on_device
+        # The step clears the gradients. Where an overflow would be the last, they must still be there to be blamed.
+        launched = parts.masters.skips_on_device and not (self.scaler is not None and self.scaler.is_exhausted)
         if launched:
             parts.masters.step(inputs)
         # The one host read of a step. The device still has the update to do, so it does not run dry.
         norm, found_inf = torch.stack([stats.norm, stats.found_inf]).tolist()
         overflow = bool(found_inf) and self.settings.check_grad_overflow
+        culprit = None
         if not launched:
             if overflow:
+                culprit = self._culprit() if self.scaler is not None and self.scaler.is_exhausted else None
                 parts.grads.clear()
             else:
                 parts.masters.step(inputs._replace(found_inf=None))
-        self._finish_step(norm, overflow)
+        self._finish_step(norm, overflow, culprit)
 
-    def _finish_step(self, norm: float, overflow: bool) -> None:
+    def _finish_step(self, norm: float, overflow: bool, culprit: str | None) -> None:
         assert self.optimizer is not None
         self._grad_norm = norm
         self.global_steps += 1
@@ -202,13 +205,23 @@ class ZeroEngine(nn.Module):
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step()
         if self.scaler is not None:
-            self.scaler.update(overflow)
+            self.scaler.update(overflow, culprit=culprit)
         every = self.settings.steps_per_print
         if every and self.global_steps % every == 0 and self.global_rank == 0:
             rates = ", ".join(f"{group['lr']:.3g}" for group in self.optimizer.param_groups)
             logger.info(
                 "step %d, skipped %d, lr [%s]%s", self.global_steps, self.skipped_steps, rates, self._scale_note()
             )
+
+    def _culprit(self) -> str | None:
+        """Name of the first parameter whose gradient is inf or nan on any rank. Collective."""
+        assert self.parts.grads is not None
+        found = self.parts.grads.first_bad_parameter()
+        if self.parts.sharding.num_shards > 1:
+            everywhere: list[tuple[int, str] | None] = [None] * self.world_size
+            dist.all_gather_object(everywhere, found, group=self.group)
+            found = min((one for one in everywhere if one is not None), default=None)
+        return found[1] if found is not None else None
 
     def _scale_note(self) -> str:
         return f", loss scale {self.scaler.scale:g}" if self.scaler is not None else ""
@@ -326,7 +339,6 @@ class ZeroEngine(nn.Module):
         if not self._destroyed:
             self._destroyed = True
             unregister(self)
-            self._reload_hook.remove()
             self.parts.close()
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -343,24 +355,6 @@ class ZeroEngine(nn.Module):
             if name == "module":
                 raise
             return getattr(self.module, name)
-
-
-class _Reloaded:
-    """After ``module.load_state_dict``: the masters must follow. Copies of the module leave the engine alone."""
-
-    def __init__(self, engine: ZeroEngine | None) -> None:
-        self._engine = weakref.ref(engine) if engine is not None else lambda: None
-
-    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
-        engine = self._engine()
-        if engine is not None:
-            engine.refresh_master_weights()
-
-    def __deepcopy__(self, memo: Any) -> _Reloaded:
-        return _Reloaded(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Reloaded, (None,)
 
 
 def trainable_groups(params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -124,6 +124,17 @@ class GradientStore:
             ]
         return [tensor for _, tensor in sorted(parts, key=lambda part: part[0])]
 
+    def first_bad_parameter(self) -> tuple[int, str] | None:
+        """(index, name) of the first parameter whose gradient is inf or nan, in this rank's shards. Syncs the device."""
+        bad: list[tuple[int, str]] = []
+        for layout in self.layouts:
+            low, _ = layout.shard_range(self.sharding.shard)
+            shard = self.shard(layout.index)
+            for slot, start, end in layout.slots_in_shard(self.sharding.shard):
+                if not torch.isfinite(shard[start - low : end - low]).all():
+                    bad.append((slot.spec.index, slot.spec.name))
+        return min(bad, default=None)
+
     @property
     def num_bytes(self) -> int:
         raise NotImplementedError
@@ -196,10 +207,13 @@ class ResidentGrads(GradientStore):
 
     def begin_backward(self, *, boundary: bool) -> None:
         super().begin_backward(boundary=boundary)
-        for param, view in zip(self.params, self._views):
+        for index, (param, view) in enumerate(zip(self.params, self._views)):
             if param.grad is not view:  # somebody called zero_grad: what was summed so far is forgotten
                 view.zero_()
                 param.grad = view
+                if self._sums is not None:
+                    layout, slot = self._slot_of[index]
+                    view_of(self._sums[layout.index], slot).zero_()
 
     def _on_grad(self, index: int, param: Tensor) -> None:
         layout, _ = self._slot_of[index]

@@ -57,6 +57,11 @@ class LossScaler:
         """Factor for the next backward. Read it once per step, and unscale by what was read."""
         return self._scale
 
+    @property
+    def is_exhausted(self) -> bool:
+        """The next overflow, if it comes now, raises."""
+        return self.dynamic and self._hysteresis_left <= 1 and self._scale <= self.settings.min_scale
+
     def update(self, overflow: bool, *, culprit: str | None = None) -> None:
         """Account for one optimizer step, after its gradients were unscaled.
 

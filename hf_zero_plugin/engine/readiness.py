@@ -3,8 +3,10 @@
 Overlap means that after ``step`` returns, weights may still be on their way. Everything that looks at them goes
 through one of these doors, and each door waits for no more than it needs:
 
-    a module's forward           its own parameters' buckets (pre-forward hooks on modules that own parameters)
-    named_parameters, parameters, state_dict, load_state_dict of any module of the model     all buckets
+    a module's forward           its own parameters' buckets (pre-forward hooks on modules that own parameters), and
+                                 those of modules below it that others read without calling them (``settle``)
+    named_parameters, parameters, state_dict, load_state_dict, copying and pickling, of any module of the model or
+    around it                                                                                  all buckets
     GatheredParameters, save, evaluate, export, destroy                                       all buckets
 
 Code that keeps a tensor of its own and reads it right after ``step`` calls ``engine.synchronize()``. Code that walks
@@ -29,7 +31,7 @@ from hf_zero_plugin.engine.master_weights import MasterWeights
 __all__ = ["Doors", "is_training", "unguarded"]
 
 _open: weakref.WeakSet[Doors] = weakref.WeakSet()
-_patched: dict[str, Callable[..., Any]] = {}
+_patched: dict[str, Callable[..., Any] | None] = {}
 _lock = threading.Lock()
 _state = threading.local()
 
@@ -57,11 +59,38 @@ class Doors:
         self._masters: MasterWeights | None = None
         self._handles: list[RemovableHandle] = []
         bucket_of = {id(params[slot.spec.index]): layout.index for layout in layouts for slot in layout.slots}
-        for module in model.modules():
+        self._waits: dict[str, tuple[_Wait, RemovableHandle]] = {}
+        """Hook of every module by name, until ``settle``."""
+        for name, module in model.named_modules():
             own = {bucket_of[id(p)] for p in module._parameters.values() if p is not None and id(p) in bucket_of}
-            if own:
-                self._handles.append(module.register_forward_pre_hook(_Wait(self, tuple(sorted(own)))))
+            wait = _Wait(self, tuple(sorted(own)))
+            self._waits[name] = wait, module.register_forward_pre_hook(wait)
         self._modules = weakref.WeakSet(model.modules())
+
+    def settle(self) -> None:
+        """Before the first update: find the modules whose parameters are read although nobody calls them.
+
+        ``nn.MultiheadAttention`` reads ``out_proj.weight`` and never calls ``out_proj``, so a hook there never runs.
+        Nothing is pending in the forward passes up to here, so they show who is called. The others' buckets are
+        waited for by the nearest module above that is; hooks that wait for nothing are removed.
+        """
+        if not self._waits:
+            return
+        called = {name: wait for name, (wait, _) in self._waits.items() if wait.was_called}
+        for name, (wait, _) in self._waits.items():
+            if wait.was_called or not wait.buckets:
+                continue
+            above = name
+            while above and above not in called:
+                above = above.rpartition(".")[0]
+            for reader in [called[above]] if above in called else called.values():
+                reader.buckets = tuple(sorted({*reader.buckets, *wait.buckets}))
+        for wait, handle in self._waits.values():
+            if wait.buckets:
+                self._handles.append(handle)
+            else:
+                handle.remove()
+        self._waits = {}
 
     def guard(self, masters: MasterWeights) -> None:
         self._masters = masters
@@ -76,14 +105,24 @@ class Doors:
     def holds(self, module: nn.Module) -> bool:
         return module in self._modules
 
+    def holds_part_of(self, module: nn.Module) -> bool:
+        """Whether ``module`` is one of the model's, or a wrapper around one."""
+        return self.holds(module) or any(self.holds(part) for part in module.modules())
+
     def wait_if_mine(self, module: nn.Module) -> None:
-        if self._masters is not None and self._masters.any_pending and self.holds(module):
+        if self._masters is not None and self._masters.any_pending and self.holds_part_of(module):
             self._masters.wait_all()
 
+    def refresh_if_mine(self, module: nn.Module) -> None:
+        """``module`` was loaded: the masters must follow."""
+        if self._masters is not None and self.holds_part_of(module):
+            self._masters.refresh_from_weights()
+
     def close(self) -> None:
-        for handle in self._handles:
+        for handle in [*self._handles, *(handle for _, handle in self._waits.values())]:
             handle.remove()
         self._handles.clear()
+        self._waits = {}
         with _lock:
             _open.discard(self)
             if not _open:
@@ -96,13 +135,15 @@ class _Wait:
 
     def __init__(self, doors: Doors | None, buckets: tuple[int, ...]) -> None:
         self._doors = weakref.ref(doors) if doors is not None else lambda: None
-        self._buckets = buckets
+        self.buckets = buckets
+        self.was_called = False
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        self.was_called = True
         doors = self._doors()
         masters = doors.masters if doors is not None else None
         if masters is not None and masters.any_pending:
-            for bucket in self._buckets:
+            for bucket in self.buckets:
                 masters.wait(bucket)
 
     def __deepcopy__(self, memo: Any) -> _Wait:
@@ -118,7 +159,11 @@ def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         if not getattr(_state, "unguarded", False):
             for doors in list(_open):
                 doors.wait_if_mine(self)
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        if name == "load_state_dict":
+            for doors in list(_open):
+                doors.refresh_if_mine(self)
+        return result
 
     return call
 
@@ -130,13 +175,16 @@ def _patch() -> None:
     """
     if _patched:
         return
-    for name in ("named_parameters", "state_dict"):
-        original = getattr(nn.Module, name)
-        _patched[name] = original
-        setattr(nn.Module, name, _guarded(name, original))
+    # __reduce_ex__ is what copy.deepcopy and pickle ask first.
+    for name in ("named_parameters", "state_dict", "load_state_dict", "__reduce_ex__"):
+        _patched[name] = nn.Module.__dict__.get(name)
+        setattr(nn.Module, name, _guarded(name, getattr(nn.Module, name)))
 
 
 def _unpatch() -> None:
     for name, original in _patched.items():
-        setattr(nn.Module, name, original)
+        if original is None:  # inherited
+            delattr(nn.Module, name)
+        else:
+            setattr(nn.Module, name, original)
     _patched.clear()

@@ -41,6 +41,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.param_groups = client.param_groups
         # torch's schedulers warn when they step before any optimizer step; the engine steps instead.
         self._opt_called = True
+        if client is not None:
+            client._opt_called = True  # type: ignore[attr-defined]
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         """The groups without their parameters, copied."""
