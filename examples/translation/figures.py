@@ -92,12 +92,12 @@ def draw_all(rows: Sequence[Row], out: Path) -> list[Path]:
             figures["two_gpus_memory"] = over_batch_size(two, MEMORY, note="two GPUs, each")
             figures["two_gpus_time"] = over_batch_size(two, TIME, note="two GPUs")
             figures["one_and_two_gpus"] = one_and_two(one, two)
-        paths = [path for name, figure in figures.items() if figure is not None for path in _save(figure, out / name)]
+        paths = [path for name, figure in figures.items() if figure is not None for path in save(figure, out / name)]
     plt.close("all")
     return paths
 
 
-def _save(figure: Figure, path: Path) -> list[Path]:
+def save(figure: Figure, path: Path) -> list[Path]:
     paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
     figure.savefig(paths[0], dpi=150)
     # Without a date, and with names that do not change, the same CSV gives the same file.

@@ -10,4 +10,5 @@
     clock.py   the Trainer callback that times the steps
     plan.py    which cells are still to be measured, and in which processes
     child.py   starting such a process, reading its results, surviving its death
+    progress.py, learn.py, learning_figure.py    the live table; the process of ../learning.py; its figure
 """

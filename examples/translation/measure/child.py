@@ -78,19 +78,23 @@ def run_process(spec: Spec, events: Events, *, deadline: float | None = None) ->
         return waiting
 
 
+def child_environment() -> dict[str, str]:
+    """Ours, with the example and the package on the path, and no network asked."""
+    path = os.pathsep.join([str(EXAMPLE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
 def _start(spec: Spec, errors: IO[str]) -> subprocess.Popen[str]:
     command = [sys.executable]
     if spec.num_gpus > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={spec.num_gpus}"]
-    path = os.pathsep.join([str(EXAMPLE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(
         [*command, "-m", "measure.cell", json.dumps(asdict(spec))],
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
         errors="replace",
-        env=env,
+        env=child_environment(),
         start_new_session=True,  # a launcher's ranks end with it
     )
 

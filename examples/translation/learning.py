@@ -1,0 +1,157 @@
+"""Does it learn to translate, and the same with and without the engine? Loss and BLEU over steps, from random weights.
+
+One process an engine, the same seed, data order and schedule (the Trainer's, so the configuration goes without its
+scheduler section)::
+
+    python examples/translation/learning.py                                       # the corpus that this example ships
+    python examples/translation/learning.py --train MIX.json --test newstest2016=TEST.json --tokenizer DIR
+
+Writes results/learning.json and results/figures/learning.png (and .svg). On one H200, both engines side by side (their
+speed is not the subject), within a time::
+
+    python examples/translation/learning.py --train DATA/mix/train_mix.json \\
+        --test newstest2016=DATA/wmt16_en_ro/test.json --tokenizer DATA/tokenizer_t5 --max-seconds 240 --side-by-side
+
+Training text and test text are written with the comma below (ș, ț), as newstest2016 is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from errors import UserError, exit_code_of
+from experiments import RESULTS, find_text
+from measure.child import child_environment
+from measure.learn import LearnSpec
+from measure.spec import ENGINES, PLAIN, ZERO
+
+SMALLER = {
+    "num_layers": 4, "num_decoder_layers": 4, "d_ff": 1024, "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.1, "initializer_factor": 0.6,
+}  # fmt: skip
+"""t5-small's width with two thirds of its layers, and T5 1.1's gated units: what learns soonest from random weights."""
+START_SECONDS = 150
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_options(argv)
+    spec = make_spec(options)
+    with tempfile.TemporaryDirectory() as folder:
+        outs = {engine: Path(folder) / f"{engine}.json" for engine in options.engines}
+        specs = [replace(spec, engine=engine) for engine in options.engines]
+        groups = [specs] if options.side_by_side else [[one] for one in specs]
+        for group in groups:
+            run_together(group, outs, options.max_seconds)
+        runs = [json.loads(out.read_text(encoding="utf-8")) for out in outs.values() if out.is_file()]
+    if not runs:
+        raise UserError("no run came to its end; see the messages above.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "learning.json"
+    path.write_text(json.dumps({"runs": runs}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    print(path)
+    from measure.learning_figure import draw_learning
+
+    for figure in draw_learning(runs, options.out / "figures"):
+        print(figure)
+    show(runs)
+
+
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--train", dest="data", type=Path, help="JSON lines to train on; default: the corpus that this example ships")
+    add("--test", action="append", default=[], metavar="NAME=FILE", help="a held-out set; may be given again")
+    add("--tokenizer", type=Path, help="folder of T5's tokenizer")
+    add("--hold-out", type=int, default=300, help="training pairs kept for a test set of the same kind; 0 for none")
+    add("--max-test-pairs", type=int, default=500, help="of each file of --test")
+    add("--engines", default=f"{PLAIN},{ZERO}", type=lambda text: text.split(","), help=f"of {', '.join(ENGINES)}")
+    add("--model", default="t5-small", help="preset of models.py; t5-small is trained with fewer layers, see --whole")
+    add("--whole", action="store_true", help="the preset as it is")
+    add("--steps", type=int, default=4000)
+    add("--batch-size", type=int, default=256)
+    add("--eval-steps", type=int, default=250)
+    add("--learning-rate", type=float, default=1e-3)
+    add("--warmup", type=int, default=200, help="steps")
+    add("--max-length", type=int, default=96, help="tokens to which both sides are cut")
+    add("--max-seconds", type=float, default=0.0, help="stop a run after this time; 0: never")
+    add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="on a GPU; a CPU trains in fp32")
+    add("--side-by-side", action="store_true", help="all engines at the same time on the same device")
+    add("--out", type=Path, default=RESULTS)
+    add("--seed", type=int, default=42)
+    options = parser.parse_args(argv)
+    if options.data is not None and options.tokenizer is None:
+        raise UserError("--train needs --tokenizer: the folder of a tokenizer that knows this text, such as T5's.")
+    if not options.hold_out and not options.test:
+        raise UserError("nothing to score: give --test NAME=FILE, or let --hold-out be more than 0.")
+    return options
+
+
+def make_spec(options: argparse.Namespace) -> LearnSpec:
+    tests: dict[str, str] = {}
+    for item in options.test:
+        name, equals, path = item.partition("=")
+        if not equals or not Path(path).is_file():
+            raise UserError(f"--test {item}: write NAME=FILE, and the file must exist.")
+        tests[name] = str(Path(path).resolve())
+    train_file, tokenizer = find_text(options)
+    return LearnSpec(
+        engine="",
+        train_file=str(train_file),
+        test_files=tests,
+        tokenizer=str(tokenizer),
+        hold_out=options.hold_out,
+        max_test_pairs=options.max_test_pairs,
+        preset=options.model,
+        overrides=SMALLER if options.model == "t5-small" and not options.whole else {},
+        steps=options.steps,
+        batch_size=options.batch_size,
+        eval_steps=options.eval_steps,
+        log_steps=max(1, min(20, options.eval_steps)),
+        learning_rate=options.learning_rate,
+        num_warmup=options.warmup,
+        max_length=options.max_length,
+        max_seconds=options.max_seconds,
+        precision=options.precision,
+        seed=options.seed,
+    )
+
+
+def run_together(specs: Sequence[LearnSpec], outs: dict[str, Path], max_seconds: float) -> None:
+    """Start a process each and wait for all; one that fails or hangs costs only its own curve."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "measure.learn", json.dumps(asdict(spec)), str(outs[spec.engine])],
+            env={**child_environment(), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // len(specs)))},
+        )
+        for spec in specs
+    ]
+    limit = 2 * max_seconds + START_SECONDS if max_seconds else None
+    for process, spec in zip(processes, specs):
+        try:
+            code: object = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        if code != 0:
+            print(f"{spec.engine}: exit code {code}", file=sys.stderr, flush=True)
+
+
+def show(runs: Sequence[dict[str, Any]]) -> None:
+    for run in runs:
+        last = ", ".join(f"{name} {curve[-1][1]:.1f}" for name, curve in run["bleu"].items())
+        print(f"\n{run['engine']}: {run['steps']} steps, loss {run['loss'][-1][1]:.3f}, BLEU {last}")
+        for example in run["examples"]:
+            print(f"  {example['source']}\n    -> {example['translation']}\n    == {example['reference']}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main, "learning.py"))
