@@ -73,8 +73,13 @@ class Assembly:
             home.forget_prefetched()
 
     def close(self) -> None:
-        if self.masters is not None:
-            self.masters.synchronize()
+        try:
+            if self.masters is not None:
+                self.masters.synchronize()
+        finally:  # an update that failed must not keep its thread and hooks alive
+            self._detach()
+
+    def _detach(self) -> None:
         if self.doors is not None:
             self.doors.close()
         if self.grads is not None:
