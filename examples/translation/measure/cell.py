@@ -111,6 +111,8 @@ class Materials:
         # Made where making them is fast, kept where they take no memory that is measured.
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             self.weights = T5ForConditionalGeneration(T5Config(**PRESETS[spec.model])).cpu()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def measure(spec: Spec, batch_size: int, materials: Materials) -> Row:

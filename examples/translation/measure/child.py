@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from measure.rows import FAILED, TIMED_OUT, Row
-from measure.spec import ROOT, Spec
+from measure.spec import DEEPSPEED, ROOT, Spec
 
 EXAMPLE = Path(__file__).resolve().parents[1]
 START_LIMIT_S = 240.0
@@ -84,6 +85,25 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def _placement(spec: Spec) -> dict[str, str]:
+    """One rank sees one GPU, or the plain Trainer would take them all."""
+    if spec.num_gpus > 1:
+        return {}
+    place = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    if spec.engine == DEEPSPEED:  # it looks for a launcher's variables, and for MPI without them
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        place |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    return place
+
+
 def _start(spec: Spec, errors: IO[str]) -> subprocess.Popen[str]:
     command = [sys.executable]
     if spec.num_gpus > 1:
@@ -94,7 +114,7 @@ def _start(spec: Spec, errors: IO[str]) -> subprocess.Popen[str]:
         stderr=errors,
         text=True,
         errors="replace",
-        env=child_environment(),
+        env={**child_environment(), **_placement(spec)},
         start_new_session=True,  # a launcher's ranks end with it
     )
 

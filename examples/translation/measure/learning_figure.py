@@ -38,7 +38,7 @@ def draw_learning(runs: Sequence[dict[str, Any]], out: Path) -> list[Path]:
             axes.set_axisbelow(True)
         first = runs[0]
         figure.suptitle(
-            f"Learning to translate English to Romanian from random weights: {first['num_parameters'] / 1e6:.0f} M "
+            f"Learning to translate English to Romanian from random weights\n{first['num_parameters'] / 1e6:.0f} M "
             f"parameters, {first['num_train_pairs']:,} pairs, batch {first['batch_size']}, {first['precision']}",
             fontsize=12,
         )
