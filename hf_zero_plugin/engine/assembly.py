@@ -22,6 +22,7 @@ from hf_zero_plugin.engine.offload_stream import StreamedHome
 from hf_zero_plugin.engine.optimizers import TorchRule, UpdateRule, rule_for, rule_from_config
 from hf_zero_plugin.engine.readiness import Doors
 from hf_zero_plugin.engine.sharding import Sharding, sharding_for
+from hf_zero_plugin.engine.shards import Shards
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
 from hf_zero_plugin.errors import ConfigError, UnsupportedFeature
 
@@ -52,6 +53,8 @@ class Assembly:
     optimizer: ZeroOptimizer | None = None
     doors: Doors | None = None
     gather_group: dist.ProcessGroup | None = None
+    shards: Shards | None = None
+    """Set at stage 3 only."""
 
     @property
     def param_ids(self) -> set[int]:
@@ -61,11 +64,14 @@ class Assembly:
         """Write the masters into the weights, on all ranks: after they were loaded or set. Collective."""
         if self.masters is None or self.weights is None:
             return
+        if self.shards is not None:
+            self.shards.reshard()
         self.masters.write_weights()
         if self.sharding.gathers_weights:
             for layout, flat in zip(self.layouts, self.weights.flats):
-                low, high = layout.shard_range(self.sharding.shard)
-                all_gather_flat(flat, flat[low:high].clone(), self.gather_group)
+                if layout.num_shards > 1:
+                    low, high = layout.shard_range(self.sharding.shard)
+                    all_gather_flat(flat, flat[low:high].clone(), self.gather_group)
 
     def states_changed(self) -> None:
         """Somebody wrote to masters or states directly: drop copies made ahead of time."""
@@ -82,6 +88,8 @@ class Assembly:
     def _detach(self) -> None:
         if self.doors is not None:
             self.doors.close()
+        if self.shards is not None:
+            self.shards.close()
         if self.grads is not None:
             self.grads.detach()
         if self.masters is not None:
@@ -222,7 +230,7 @@ def _wire(
         is_alone=sharding.world_size == 1,
         groups=parts.optimizer.param_groups,
     )
-    parts.masters = MasterWeights(make_homes(parts, settings, context, client), len(parts.layouts))
+    parts.masters = MasterWeights(make_homes(parts, settings, context, client, parts.layouts), len(parts.layouts))
     if sharding.gathers_weights and any(isinstance(home, HostHome) for home in parts.masters.homes):
         # The worker thread gathers while the main thread may be in another collective: keep them apart.
         parts.gather_group = dist.new_group(dist.get_process_group_ranks(group) if group is not None else None)
@@ -282,16 +290,21 @@ def make_grads(parts: Assembly, settings: EngineSettings, group: dist.ProcessGro
 
 
 def make_homes(
-    parts: Assembly, settings: EngineSettings, context: Context, client: torch.optim.Optimizer | None
+    parts: Assembly,
+    settings: EngineSettings,
+    context: Context,
+    client: torch.optim.Optimizer | None,
+    layouts: Sequence[BucketLayout],
 ) -> list[Home]:
+    """Homes for this rank's part of ``layouts``, as the optimizer and its offload settings ask."""
     offload, sharding = settings.offload_optimizer, parts.sharding
     to_host = offload.device == "cpu"
     if client is not None or not context.rule.elementwise:
-        _refuse_cut_parameters(context.rule, client, sharding)
-        pieces = [piece for layout in parts.layouts for piece in cut_whole_parameters(layout)]
+        refuse_cut_parameters(context.rule, client, sharding)
+        pieces = [piece for layout in layouts for piece in cut_whole_parameters(layout)]
         if client is None:
             return [HostHome(context, pieces) if to_host else DeviceHome(context, pieces)]
-        indices = [slot.spec.index for layout in parts.layouts for slot in layout.slots]
+        indices = [slot.spec.index for layout in layouts for slot in layout.slots]
         home = torch.device("cpu") if to_host else parts.device
         return [ClientHome(context, pieces, client, parts.params, indices, home)]
     streams = (
@@ -301,7 +314,7 @@ def make_homes(
         and not isinstance(context.rule, TorchRule)
     )
     longest = STREAM_PIECE_NUMEL if streams else None
-    pieces = [piece for layout in parts.layouts for piece in cut_pieces(layout, sharding.shard, max_numel=longest)]
+    pieces = [piece for layout in layouts for piece in cut_pieces(layout, sharding.shard_of(layout), max_numel=longest)]
     if not to_host:
         return [DeviceHome(context, pieces)]
     kept, moved = _split_by_ratio(pieces, context, settings)
@@ -332,7 +345,7 @@ def _split_by_ratio(pieces: list[Piece], context: Context, settings: EngineSetti
     return pieces[:num_kept], pieces[num_kept:]
 
 
-def _refuse_cut_parameters(rule: UpdateRule, client: torch.optim.Optimizer | None, sharding: Sharding) -> None:
+def refuse_cut_parameters(rule: UpdateRule, client: torch.optim.Optimizer | None, sharding: Sharding) -> None:
     if sharding.num_shards > 1:
         name = type(client).__name__ if client is not None else getattr(rule, "cls", type(rule)).__name__
         raise UnsupportedFeature(

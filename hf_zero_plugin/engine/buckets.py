@@ -15,6 +15,7 @@ Letters: P = padded length of a bucket, S = length of one rank's shard, W = numb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,20 @@ class ParamSpec:
     """Only compared for equality: parameters of different types never share a bucket."""
     group: int
     """Index of its optimizer group."""
+    offset: int = 0
+    """First element of the flattened parameter that the slot holds; not 0 where FSDP2 has cut it (stage 3)."""
+    reserve: int = 0
+    """Elements kept free behind the slot: FSDP2 pads shards of one parameter to equal size."""
+    whole_shape: tuple[int, ...] | None = None
+    """Shape of the whole parameter, if ``shape`` is that of this rank's part of it."""
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        return self.shape if self.whole_shape is None else self.whole_shape
+
+    @property
+    def full_numel(self) -> int:
+        return math.prod(self.full_shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +159,7 @@ def _lay_out(index: int, run: list[ParamSpec], num_shards: int) -> BucketLayout:
         if not segments or segments[-1].group != spec.group:
             segments.append(Segment(spec.group, position, position))
         slots.append(Slot(spec, position))
-        position = _round_up(position + spec.numel, SLOT_ALIGNMENT)
+        position = _round_up(position + spec.numel + spec.reserve, SLOT_ALIGNMENT)
         segments[-1] = Segment(spec.group, segments[-1].start, position)
     padded = _round_up(max(position, 1), SLOT_ALIGNMENT * num_shards)
     segments[-1] = Segment(segments[-1].group, segments[-1].start, padded)

@@ -30,6 +30,8 @@ from hf_zero_plugin.engine.loss_scaler import LossScaler
 from hf_zero_plugin.engine.master_weights import StepInputs
 from hf_zero_plugin.engine.registry import register, unregister
 from hf_zero_plugin.engine.schedules import build_scheduler
+from hf_zero_plugin.engine.sharded_assembly import assemble_sharded
+from hf_zero_plugin.engine.sharding import sharding_for
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
 
 __all__ = ["ZeroEngine"]
@@ -71,7 +73,9 @@ class ZeroEngine(nn.Module):
         self.world_size = dist.get_world_size(group) if dist.is_initialized() else 1
         self.global_rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.scaler = LossScaler(settings.loss_scale) if settings.loss_scale is not None else None
-        self.parts: Assembly = assemble(
+        shards_params = sharding_for(settings.stage, rank=0, world_size=1).shards_params
+        build = assemble_sharded if shards_params else assemble
+        self.parts: Assembly = build(
             module, settings, device, param_groups, client_optimizer, self.global_rank, self.world_size, group
         )
         self.optimizer: ZeroOptimizer | None = self.parts.optimizer
@@ -265,13 +269,14 @@ class ZeroEngine(nn.Module):
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
         """All weights on the host of rank 0; an empty dict elsewhere. Collective at stage 3."""
         self.synchronize()
+        frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
+        left_out = frozen if exclude_frozen_parameters else set()
+        if self.parts.shards is not None:
+            return self.parts.shards.state_dict(lambda name: name not in left_out)
         if self.global_rank != 0:
             return {}
-        frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
         return {
-            name: tensor.detach().cpu()
-            for name, tensor in self.module.state_dict().items()
-            if not (exclude_frozen_parameters and name in frozen)
+            name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items() if name not in left_out
         }
 
     def gradient_accumulation_steps(self) -> int:

@@ -45,8 +45,7 @@ def grad_stats(
     """
     if grads:
         # Half precision squares overflow: accumulate in fp32.
-        norms = torch.stack(torch._foreach_norm(list(grads), 2.0, dtype=torch.float32))
-        norm = torch.linalg.vector_norm(norms, 2.0)
+        norm = torch.linalg.vector_norm(_norms(grads, device), 2.0)
     else:
         norm = torch.zeros((), device=device)
     if sharded and dist.is_initialized() and dist.get_world_size(group) > 1:
@@ -62,3 +61,12 @@ def grad_stats(
     if loss_scale != 1.0:
         multiplier = (multiplier if multiplier is not None else torch.ones_like(norm)) / loss_scale
     return GradStats(norm, found_inf, multiplier)
+
+
+def _norms(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Norm of each tensor, fp32, on ``device``; some may be on the host (stage 3 with offloaded parameters)."""
+    parts = []
+    for place in dict.fromkeys(grad.device for grad in grads):
+        here = [grad for grad in grads if grad.device == place]
+        parts.append(torch.stack(torch._foreach_norm(here, 2.0, dtype=torch.float32)).to(device))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hf_zero_plugin.engine.buckets import BucketLayout
+
 __all__ = ["Sharding", "sharding_for"]
 
 
@@ -28,6 +30,10 @@ class Sharding:
     @property
     def shard(self) -> int:
         return self.rank if self.shards_states else 0
+
+    def shard_of(self, layout: BucketLayout) -> int:
+        """Which shard of a bucket is this rank's: a bucket that holds nothing but this rank's part has one shard."""
+        return self.shard if layout.num_shards > 1 else 0
 
     @property
     def reduction(self) -> Literal["none", "all_reduce", "reduce_scatter"]:

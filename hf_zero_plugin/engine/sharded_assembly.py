@@ -1,0 +1,444 @@
+"""Putting a stage 3 engine together: storage for the shards, FSDP2 over the model, values rank by rank.
+
+::
+
+    1  plan     which parameters stay whole and which are FSDP2's; buckets over this rank's part of each
+    2  shard    the model's parameters become meta tensors, FSDP2 takes them, flat buckets become their storage
+    3  fill     one parameter at a time: rank 0's values -> everybody's rows -> weights and fp32 masters
+
+Rank 0 alone needs values; elsewhere parameters may be meta tensors. A parameter's own memory is freed once it is
+filled in, and no rank ever holds more than one rank's part of one parameter beside its shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_zero_plugin.config.settings import EngineSettings
+from hf_zero_plugin.engine import assembly
+from hf_zero_plugin.engine.assembly import BUCKET_NUMEL, DTYPES, Assembly
+from hf_zero_plugin.engine.buckets import (
+    BucketLayout,
+    ParamSpec,
+    Piece,
+    Slot,
+    cut_pieces,
+    cut_whole_parameters,
+    plan_buckets,
+)
+from hf_zero_plugin.engine.client_home import ClientHome
+from hf_zero_plugin.engine.flat import FlatWeights
+from hf_zero_plugin.engine.fsdp import (
+    find_units,
+    is_sharded,
+    make_mesh,
+    put_storage,
+    reshard_all,
+    settle_root,
+    shard_units,
+    sharded_params,
+)
+from hf_zero_plugin.engine.gradients import ReduceOptions, ResidentGrads
+from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home, MasterWeights
+from hf_zero_plugin.engine.offload_host import HostHome
+from hf_zero_plugin.engine.optimizers import UpdateRule
+from hf_zero_plugin.engine.pinned import PinnedArena
+from hf_zero_plugin.engine.readiness import Doors
+from hf_zero_plugin.engine.sharded_grads import ShardedGrads, Stage3Grads
+from hf_zero_plugin.engine.sharding import sharding_for
+from hf_zero_plugin.engine.shards import Shards, span_of, watch_evaluation
+from hf_zero_plugin.errors import ConfigError
+
+__all__ = ["assemble_sharded"]
+
+
+class _Plan(NamedTuple):
+    """What goes where. Layouts of whole parameters come first, and so do their indices."""
+
+    whole: list[BucketLayout]
+    sharded: list[BucketLayout]
+    frozen: list[BucketLayout]
+    """Storage of sharded parameters that are not trained; numbered apart, like their indices."""
+    names: list[str]
+    """By index in ``whole`` and ``sharded``."""
+    frozen_names: list[str]
+
+    @property
+    def places(self) -> dict[str, tuple[BucketLayout, Slot, bool]]:
+        """Sharded parameter -> (layout, slot, whether it is trained)."""
+        trained = {self.names[s.spec.index]: (layout, s, True) for layout in self.sharded for s in layout.slots}
+        rest = {self.frozen_names[s.spec.index]: (layout, s, False) for layout in self.frozen for s in layout.slots}
+        return {**trained, **rest}
+
+
+def assemble_sharded(
+    module: nn.Module,
+    settings: EngineSettings,
+    device: torch.device,
+    param_groups: list[dict[str, Any]] | None,
+    client: torch.optim.Optimizer | None,
+    rank: int,
+    world_size: int,
+    group: dist.ProcessGroup | None,
+) -> Assembly:
+    """Build all parts of a stage 3 engine; the module is sharded in place, and stays so when the engine ends."""
+    mesh = make_mesh(device, group)
+    reshard_all(module)
+    parts = Assembly(module, device, sharding_for(settings.stage, rank=rank, world_size=world_size))
+    compute = DTYPES[settings.precision] if settings.precision != "fp32" else None
+    rule: UpdateRule | None = None
+    client_steps = False
+    if param_groups is not None:
+        rule, parts.optimizer, client_steps = assembly.choose_optimizer(settings, param_groups, client)
+    groups = parts.optimizer.param_groups if parts.optimizer is not None else []
+
+    cut = _names_to_cut(module, settings.stage3.param_persistence_threshold)
+    plan = _plan(module, groups, cut, compute, parts, settings)
+    originals = {name: param for name, param in module.named_parameters() if name in cut}
+    replaced = _make_real(module, cut)
+    trained_whole = {name for layout in plan.whole for name in (slot.spec.name for slot in layout.slots)}
+    _place_the_rest(module, device, compute, cut | trained_whole, group)
+    if not is_sharded(module):
+        units = find_units(module, settings.stage3.leaf_module_classes)
+        _swap_for_meta(module, originals, compute)
+        whole = {param for name, param in module.named_parameters() if name not in cut}
+        wire = settings.communication_dtype
+        shard_units(module, units, whole, settings, mesh, DTYPES[wire] if wire is not None else None)
+        watch_evaluation(module)
+        sources: dict[str, Tensor] = dict(originals)
+    else:
+        sources = {item.name: item.padded for item in sharded_params(module)}
+
+    home = torch.device("cpu") if settings.offload_param.device == "cpu" else device
+    flats = _storage(module, [*plan.sharded, *plan.frozen], home, settings)
+    flat_of = dict(zip([id(layout) for layout in [*plan.sharded, *plan.frozen]], flats))
+    places = plan.places
+    for item in sharded_params(module):
+        layout, slot, _ = places[item.name]
+        put_storage(item, flat_of[id(layout)][slot.start : slot.end + slot.spec.reserve])
+    settle_root(module)
+    parts.shards = Shards(module, device, group)
+    parts.shards.remember(originals)
+    replaced.update({id(param): parts.shards.by_name[name].param for name, param in originals.items()})
+    for param_group in groups:
+        param_group["params"] = [replaced.get(id(param), param) for param in param_group["params"]]
+
+    if rule is not None:
+        _wire(parts, settings, plan, flats[: len(plan.sharded)], home, rule, client if client_steps else None, group)
+    fill = _Fill(parts, group, rank, world_size)
+    for name, (layout, slot, is_trained) in places.items():
+        fill(sources[name], flat_of[id(layout)], layout, slot, is_trained)
+    return parts
+
+
+def _names_to_cut(module: nn.Module, threshold: int) -> set[str]:
+    """Parameters for FSDP2. Small ones stay whole, and so do those that it cannot cut."""
+    if is_sharded(module):
+        return {item.name for item in sharded_params(module)}
+    return {
+        name
+        for name, param in module.named_parameters()
+        if param.numel() > threshold and param.ndim > 0 and param.is_floating_point()
+    }
+
+
+def _plan(
+    module: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    cut: set[str],
+    compute: torch.dtype | None,
+    parts: Assembly,
+    settings: EngineSettings,
+) -> _Plan:
+    group_of = {id(param): index for index, group in enumerate(groups) for param in group["params"]}
+    rank, world_size = parts.sharding.rank, parts.sharding.world_size
+    whole: list[ParamSpec] = []
+    sharded: list[ParamSpec] = []
+    frozen: list[ParamSpec] = []
+    for name, param in module.named_parameters():
+        dtype = compute if compute is not None and param.is_floating_point() else param.dtype
+        trained = param.requires_grad and id(param) in group_of
+        shape = tuple(param.shape)
+        if name in cut:
+            span = span_of(shape, rank, world_size)
+            rows = (span.end - span.start) // max(1, torch.Size(shape[1:]).numel())
+            spec = ParamSpec(
+                index=0,
+                name=name,
+                shape=(rows, *shape[1:]),
+                numel=span.end - span.start,
+                dtype=dtype,
+                group=group_of[id(param)] if trained else 0,
+                offset=span.start,
+                reserve=span.padding,
+                whole_shape=shape,
+            )
+            (sharded if trained else frozen).append(spec)
+        elif trained:
+            whole.append(ParamSpec(0, name, shape, param.numel(), dtype, group_of[id(param)]))
+    if groups and not whole and not sharded:
+        raise ConfigError(
+            "no parameter of the model is trainable and known to the optimizer: unfreeze something "
+            "(param.requires_grad_(True)) before the engine is made."
+        )
+    numel = max(1, min(settings.reduce_bucket_size, BUCKET_NUMEL))
+    whole = [dataclasses.replace(spec, index=index) for index, spec in enumerate(whole)]
+    sharded = [dataclasses.replace(spec, index=len(whole) + index) for index, spec in enumerate(sharded)]
+    frozen = [dataclasses.replace(spec, index=index) for index, spec in enumerate(frozen)]
+    whole_layouts = plan_buckets(whole, bucket_numel=numel, num_shards=parts.sharding.num_shards)
+    sharded_layouts = [
+        dataclasses.replace(layout, index=layout.index + len(whole_layouts))
+        for layout in plan_buckets(sharded, bucket_numel=numel, num_shards=1)
+    ]
+    return _Plan(
+        whole_layouts,
+        sharded_layouts,
+        plan_buckets(frozen, bucket_numel=numel, num_shards=1),
+        [spec.name for spec in [*whole, *sharded]],
+        [spec.name for spec in frozen],
+    )
+
+
+# -------------------------------------------------------------------- the model's tensors
+
+
+def _replace_params(module: nn.Module, fresh: dict[int, nn.Parameter]) -> None:
+    """Put parameters in the place of others, wherever they are used. ``fresh``: by id of the old one."""
+    for owner in module.modules():
+        for name, param in owner._parameters.items():
+            if param is not None and id(param) in fresh:
+                owner._parameters[name] = fresh[id(param)]
+
+
+def _like(param: nn.Parameter, values: Tensor) -> nn.Parameter:
+    fresh = nn.Parameter(values, requires_grad=param.requires_grad)
+    vars(fresh).update(vars(param))
+    return fresh
+
+
+def _make_real(module: nn.Module, cut: set[str]) -> dict[int, nn.Parameter]:
+    """Memory for buffers and whole parameters that are on the meta device; rank 0's values come later.
+
+    Returns the parameters that took the place of others, by id of those.
+    """
+    fresh = {
+        id(param): _like(param, torch.empty_like(param, device="cpu"))
+        for name, param in module.named_parameters()
+        if name not in cut and param.is_meta
+    }
+    _replace_params(module, fresh)
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                owner._buffers[name] = torch.empty_like(buffer, device="cpu")
+    return fresh
+
+
+def _place_the_rest(
+    module: nn.Module,
+    device: torch.device,
+    compute: torch.dtype | None,
+    later: set[str],
+    group: dist.ProcessGroup | None,
+) -> None:
+    skip = {id(param) for name, param in module.named_parameters() if name in later}
+    assembly.place_rest(module, device, compute, skip)
+    if dist.get_world_size(group) > 1:
+        assembly.broadcast_rest(module, skip, group)
+
+
+def _swap_for_meta(module: nn.Module, originals: dict[str, nn.Parameter], compute: torch.dtype | None) -> None:
+    """FSDP2 shall see shapes and the type to compute in, and move nothing."""
+    _replace_params(
+        module,
+        {
+            id(param): _like(param, torch.empty(param.shape, dtype=compute or param.dtype, device="meta"))
+            for param in originals.values()
+        },
+    )
+
+
+def _storage(
+    module: nn.Module, layouts: Sequence[BucketLayout], home: torch.device, settings: EngineSettings
+) -> list[Tensor]:
+    """One zeroed flat buffer per layout; page-locked if it is to be read by a GPU."""
+    if home.type != "cpu" or not torch.cuda.is_available():
+        return [torch.zeros(layout.padded_numel, dtype=layout.dtype, device=home) for layout in layouts]  # type: ignore[call-overload]
+    arenas = {}
+    for dtype in sorted({layout.dtype for layout in layouts}, key=str):
+        numel = sum(layout.padded_numel for layout in layouts if layout.dtype == dtype)
+        arenas[dtype] = PinnedArena(numel, pin=settings.offload_param.pin_memory, dtype=dtype)  # type: ignore[arg-type]
+    # The model outlives its engine, and its storage must stay page-locked as long as it is used.
+    module._zero_arenas = list(arenas.values())  # type: ignore[assignment]
+    return [arenas[layout.dtype].take(layout.padded_numel).zero_() for layout in layouts]
+
+
+# -------------------------------------------------------------------- values
+
+
+class _Fill:
+    """Brings rank 0's values of a parameter into everybody's shards and masters."""
+
+    def __init__(self, parts: Assembly, group: dist.ProcessGroup | None, rank: int, world_size: int) -> None:
+        self._device = parts.device
+        self._group = group
+        self._rank = rank
+        self._world_size = world_size
+        self._pieces: dict[int, list[tuple[Home, int, Piece]]] = {}
+        if parts.masters is not None:
+            for home, index, piece in parts.masters.pieces():
+                self._pieces.setdefault(piece.bucket, []).append((home, index, piece))
+
+    @torch.no_grad()
+    def __call__(self, source: Tensor, flat: Tensor, layout: BucketLayout, slot: Slot, is_trained: bool) -> None:
+        rows = self._rows(source, slot)
+        flat[slot.start : slot.end].copy_(rows)
+        if is_trained:
+            for home, index, piece in self._pieces.get(layout.index, ()):
+                start, end = max(piece.start, slot.start), min(piece.end, slot.end)
+                if start < end:
+                    master = home.tensors(index)["master"].view(-1)
+                    master[start - piece.start : end - piece.start].copy_(rows[start - slot.start : end - slot.start])
+        if isinstance(source, nn.Parameter) and not source.is_meta:
+            source.data = source.data.new_empty(0)
+
+    def _rows(self, source: Tensor, slot: Slot) -> Tensor:
+        """This rank's elements (n,), in the type of ``source``."""
+        numel = slot.spec.numel
+        if not isinstance(source, nn.Parameter):
+            return source[:numel]  # a shard already
+        if self._world_size == 1:
+            return source.detach().reshape(-1)
+        mine = source.new_empty(0, device=self._device)
+        for rank in range(self._world_size):
+            span = span_of(slot.spec.full_shape, rank, self._world_size)
+            if span.start == span.end:
+                continue
+            if self._rank == 0:
+                part = source.detach().reshape(-1)[span.start : span.end].to(self._device)
+            else:
+                part = torch.empty(span.end - span.start, dtype=source.dtype, device=self._device)
+            dist.broadcast(part, src=assembly.source_rank(self._group), group=self._group)
+            if rank == self._rank:
+                mine = part
+        return mine
+
+
+# -------------------------------------------------------------------- training
+
+
+def _wire(
+    parts: Assembly,
+    settings: EngineSettings,
+    plan: _Plan,
+    flats: Sequence[Tensor],
+    home: torch.device,
+    rule: UpdateRule,
+    client: torch.optim.Optimizer | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Connect gradients, masters and doors; masters of sharded parameters are left at zero for ``_Fill``."""
+    assert parts.shards is not None and parts.optimizer is not None
+    by_name = dict(parts.module.named_parameters())
+    parts.params = [by_name[name] for name in plan.names]
+    parts.layouts = [*plan.whole, *plan.sharded]
+    parts.gather_group = group
+    parts.weights = FlatWeights(parts.layouts, parts.params, parts.device)
+    exact = assembly.adopt_weights(parts.weights, plan.whole, parts.sharding, group)
+    parts.weights.flats += flats
+    parts.grads = _make_grads(parts, settings, plan, flats, group)
+    homes = _make_homes(parts, settings, plan, home, rule, client)
+    parts.masters = MasterWeights(homes, len(parts.layouts))
+    num_whole = len(plan.whole)
+    for owner, index, piece in parts.masters.pieces():
+        if piece.bucket < num_whole:
+            owner.set_master(index, exact(piece))
+        else:
+            weight = owner.context.weight_of(piece)
+            is_master = weight.dtype == torch.float32 and weight.device == owner.context.device
+            zeros = torch.zeros(piece.numel, device=owner.context.device)
+            owner.set_master(index, weight if is_master else zeros)
+    parts.doors = Doors(parts.module, plan.whole, parts.params)
+    parts.doors.guard(parts.masters)
+    buckets = {plan.names[slot.spec.index]: layout.index for layout in plan.sharded for slot in layout.slots}
+    parts.shards.guard(parts.masters, buckets)
+
+
+def _make_grads(
+    parts: Assembly, settings: EngineSettings, plan: _Plan, flats: Sequence[Tensor], group: dist.ProcessGroup | None
+) -> Stage3Grads:
+    assert parts.weights is not None and parts.shards is not None
+    sharding = parts.sharding
+    wanted = settings.grad_accum_dtype or ("fp32" if settings.precision == "bf16" else settings.precision)
+    accumulate_fp32 = wanted == "fp32" and settings.precision != "fp32"
+    num_whole = sum(len(layout.slots) for layout in plan.whole)
+    whole = None
+    if plan.whole:
+        whole = ResidentGrads(
+            plan.whole,
+            parts.params[:num_whole],
+            sharding,
+            ReduceOptions(sharding.world_size, op=settings.gradient_allreduce_op),
+            group=group,
+            overlap=False,  # after FSDP2's collectives, which ranks may reach in another order
+            flats=parts.weights.flats[: len(plan.whole)],
+            accumulate_fp32=accumulate_fp32,
+        )
+    # FSDP2 takes the mean.
+    factor = float(sharding.world_size) if settings.gradient_allreduce_op == "sum" else 1.0
+    sharded = ShardedGrads(plan.sharded, parts.params, flats, accumulate_fp32=accumulate_fp32, factor=factor)
+    return Stage3Grads(whole, sharded)
+
+
+def _make_homes(
+    parts: Assembly,
+    settings: EngineSettings,
+    plan: _Plan,
+    home: torch.device,
+    rule: UpdateRule,
+    client: torch.optim.Optimizer | None,
+) -> list[Home]:
+    """States of whole parameters stay on the device: they are few, and gathered on the main thread.
+
+    States of offloaded parameters are where the parameters are, and are stepped there.
+    """
+    assert parts.weights is not None and parts.grads is not None and parts.optimizer is not None
+    starts = [layout.shard_range(parts.sharding.shard)[0] for layout in plan.whole]
+    whole = Context(
+        rule=rule,
+        weights=parts.weights.flats,
+        grads=parts.grads,
+        shard_starts=[*starts, *(0 for _ in plan.sharded)],
+        finish_bucket=lambda bucket, owner: assembly.finish_bucket(parts, bucket, owner),
+        device=parts.device,
+        is_alone=parts.sharding.world_size == 1,
+        groups=parts.optimizer.param_groups,
+    )
+    sharded = whole._replace(finish_bucket=lambda bucket, owner: None, device=home, is_alone=True)
+    if client is not None:
+        assembly.refuse_cut_parameters(rule, client, parts.sharding)
+        pieces = [piece for layout in parts.layouts for piece in cut_whole_parameters(layout)]
+        indices = [slot.spec.index for layout in parts.layouts for slot in layout.slots]
+        states = torch.device("cpu") if settings.offload_optimizer.device == "cpu" else home
+        return [ClientHome(sharded, pieces, client, parts.params, indices, states)]
+    device_home = DeviceHome(whole, list(_cut(plan.whole, rule, parts)))
+    if home == parts.device:
+        return [device_home, *assembly.make_homes(parts, settings, sharded, None, plan.sharded)]
+    threaded = parts.device.type == "cuda" or settings.offload_optimizer.step_on == "host"
+    return [device_home, HostHome(sharded, list(_cut(plan.sharded, rule, parts)), pin_memory=False, threaded=threaded)]
+
+
+def _cut(layouts: Sequence[BucketLayout], rule: UpdateRule, parts: Assembly) -> Iterator[Piece]:
+    if not rule.elementwise:
+        assembly.refuse_cut_parameters(rule, None, parts.sharding)
+    for layout in layouts:
+        if rule.elementwise:
+            yield from cut_pieces(layout, parts.sharding.shard_of(layout))
+        else:
+            yield from cut_whole_parameters(layout)

@@ -1,0 +1,189 @@
+"""The sharded parameters of one stage 3 engine: gathering them whole, writing them back, waiting before they are read.
+
+FSDP2 gathers for ``forward`` and ``backward``. Everybody else, who wants to see or change a whole parameter, comes
+here. Letters: W = ranks, C = elements of rank 0's shard (the largest), so a gathered parameter has W * C elements with
+padding at its end.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from hf_zero_plugin.engine.collectives import all_gather_flat
+from hf_zero_plugin.engine.fsdp import ShardedParam, fsdp_modules, groups_of, reshard_all, sharded_params
+from hf_zero_plugin.engine.master_weights import MasterWeights
+
+__all__ = ["Shards", "Span", "span_of", "watch_evaluation"]
+
+FORWARD_METHODS = ("generate",)
+"""Methods of Hugging Face models that run parts of the model without going through its ``forward`` first."""
+
+
+class Span(NamedTuple):
+    """This rank's part of a parameter: elements [start, end) of it flattened, and the padding behind them."""
+
+    start: int
+    end: int
+    padding: int
+
+
+def span_of(shape: Sequence[int], rank: int, world_size: int) -> Span:
+    """How FSDP2 cuts: equal numbers of rows, rounded up; the last ranks may get fewer, or none."""
+    rows, row = shape[0], torch.Size(shape[1:]).numel()
+    share = -(-rows // world_size)
+    start, end = min(rank * share, rows), min((rank + 1) * share, rows)
+    return Span(start * row, end * row, (share - (end - start)) * row)
+
+
+class Shards:
+    """See the module. ``close`` takes off everything that this class has put on; FSDP2's own hooks stay."""
+
+    def __init__(self, model: nn.Module, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        self.model = model
+        self.device = device
+        self.group = group
+        self.world_size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self.params = sharded_params(model)
+        self.by_name = {item.name: item for item in self.params}
+        self._by_id = {id(item.param): item for item in self.params}
+        self._originals: list[nn.Parameter] = []
+        self._guarded: list[Any] = []
+
+    def remember(self, originals: dict[str, nn.Parameter]) -> None:
+        """Parameters as they were before sharding, by name: whoever still holds one is understood."""
+        self._originals += originals.values()  # kept, so that their ids are not given to others
+        self._by_id.update({id(param): self.by_name[name] for name, param in originals.items()})
+
+    def find(self, param: nn.Parameter) -> ShardedParam | None:
+        return self._by_id.get(id(param))
+
+    def reshard(self) -> None:
+        reshard_all(self.model)
+
+    # ---------------------------------------------------------------- whole parameters
+
+    @torch.no_grad()
+    def gather(self, item: ShardedParam) -> Tensor:
+        """The whole parameter on the compute device, in its own type. Collective."""
+        padded = item.padded.to(self.device)
+        shape = item.param.shape
+        if self.world_size == 1:
+            return padded.clone().view(shape) if padded is item.padded else padded.view(shape)
+        whole = padded.new_empty(padded.numel() * self.world_size)
+        all_gather_flat(whole, padded, self.group)
+        return whole[: shape.numel()].view(shape)
+
+    @torch.no_grad()
+    def write(self, item: ShardedParam, whole: Tensor) -> None:
+        """Take this rank's rows of ``whole`` as the new shard. The caller sees to it that ranks agree."""
+        span = span_of(item.param.shape, self.rank, self.world_size)
+        item.padded[: span.end - span.start].copy_(whole.reshape(-1)[span.start : span.end])
+
+    def state_dict(self, keep: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The model's state dict with whole tensors in host memory on rank 0, nothing elsewhere. Collective.
+
+        One parameter at a time is gathered, so a rank needs no more than the largest one on top of its shards.
+        Names that share a parameter share its tensor.
+        """
+        self.reshard()
+        done: dict[int, Tensor] = {}
+        state: dict[str, Tensor] = {}
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if not keep(name):
+                continue
+            if not isinstance(value, Tensor):
+                if self.rank == 0:
+                    state[name] = value
+                continue
+            if id(value) not in done:
+                item = self.find(value)  # type: ignore[arg-type]
+                whole = self.gather(item) if item is not None else value.detach()
+                done[id(value)] = whole.cpu() if self.rank == 0 else torch.empty(0)
+            if self.rank == 0:
+                state[name] = done[id(value)]
+        return state
+
+    # ---------------------------------------------------------------- hooks
+
+    def guard(self, masters: MasterWeights, bucket_of: dict[str, int]) -> None:
+        """Let every gather wait for the updates of what it reads. ``bucket_of``: trained parameter -> bucket."""
+        buckets_of = {id(self.by_name[name].handle): bucket for name, bucket in bucket_of.items()}
+        for module in fsdp_modules(self.model):
+            for group in groups_of(module):
+                buckets = sorted({buckets_of[id(h)] for h in group.fsdp_params if id(h) in buckets_of})
+                if buckets:
+                    _guard_unshard(group, masters, buckets, self.world_size == 1)
+                    self._guarded.append(group)
+
+    def close(self) -> None:
+        self.reshard()
+        for group in self._guarded:
+            vars(group).pop("unshard", None)
+        self._guarded.clear()
+
+
+class _Evaluation:
+    """After a forward pass without gradients nothing stays gathered; methods that bypass ``forward`` count as one.
+
+    Belongs to the model, not to an engine: a model stays sharded, and usable, when its engine is destroyed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._depth = 0
+        model.register_forward_hook(self._after_forward, always_call=True)
+        for name in FORWARD_METHODS:
+            if callable(getattr(model, name, None)):
+                register_fsdp_forward_method(model, name)
+                vars(model)[name] = self._counted(model, vars(model)[name])
+
+    def _after_forward(self, module: nn.Module, *_: Any) -> None:
+        if not torch.is_grad_enabled() and not self._depth:
+            reshard_all(module)
+
+    def _counted(self, model: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                self._after_forward(model)
+
+        return call
+
+
+def watch_evaluation(model: nn.Module) -> None:
+    """Once per model."""
+    if not hasattr(model, "_zero_evaluation"):
+        model._zero_evaluation = _Evaluation(model)  # type: ignore[assignment]
+
+
+def _guard_unshard(group: Any, masters: MasterWeights, buckets: Iterable[int], is_alone: bool) -> None:
+    """Shadow ``group.unshard``: every gather, of forward, backward or prefetching, goes through it."""
+    original = type(group).unshard
+
+    def unshard(async_op: bool = False) -> Any:
+        if masters.any_pending:
+            with _reading_stream(group, async_op, is_alone):
+                for bucket in buckets:
+                    masters.wait(bucket)
+        return original(group, async_op)
+
+    group.unshard = unshard
+
+
+def _reading_stream(group: Any, async_op: bool, is_alone: bool) -> AbstractContextManager[Any]:
+    """FSDP2 reads shards on a stream of its own, ordered after the compute stream only when a forward pass begins."""
+    if group.device.type != "cuda" or is_alone or not hasattr(group.comm_ctx, "all_gather_stream"):
+        return nullcontext()
+    return torch.cuda.stream(group.comm_ctx.get_all_gather_streams(async_op, group._training_state)[0])
