@@ -124,9 +124,12 @@ class Reference:
         clip: float = 1.0,
         scale: float = 1.0,
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+        reduce: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.model = model
         self.clip, self.scale = clip, scale
+        self.reduce = reduce
+        """Averages the sum of a step's gradients over ranks, in place."""
         self.params = [p for p in model.parameters() if p.requires_grad]
         groups = decay_groups(model)
         self.masters = [nn.Parameter(p.detach().clone().float()) for p in self.params]
@@ -149,8 +152,11 @@ class Reference:
                 if param.grad is not None:
                     total += param.grad.float()
                 param.grad = None
-        for master, total in zip(self.masters, sums):
-            master.grad = total / self.scale
+        for master, total, param in zip(self.masters, sums, self.params):
+            if self.reduce is not None:
+                total = total.to(param.dtype) if len(losses) == 1 else total
+                self.reduce(total)
+            master.grad = total.float() / self.scale
         if self.clip:
             self.norms.append(torch.nn.utils.clip_grad_norm_(self.masters, self.clip).item())
         self.optimizer.step()
