@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,24 @@ def tokenise_splits(
     }
 
 
+class TranslationTrainer(Seq2SeqTrainer):
+    """Scores every row once: the rows that fill up the last batch when several ranks share it are dropped.
+
+    ``Seq2SeqTrainer`` keeps those repeats, so that BLEU would depend on the number of ranks.
+    """
+
+    @property
+    def gather_function(self) -> Callable[..., Any]:
+        return self.accelerator.gather_for_metrics
+
+    @gather_function.setter
+    def gather_function(self, function: Callable[..., Any]) -> None:
+        """``evaluate`` and ``predict`` would set the gathering that keeps the repeats."""
+
+
 def build_trainer(
     arguments: Arguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, splits: Splits
-) -> Seq2SeqTrainer:
+) -> TranslationTrainer:
     _, data_args, training_args = arguments
     will_score = training_args.predict_with_generate and ("validation" in splits or "test" in splits)
     if data_args.predict_before_training:
@@ -137,7 +152,7 @@ def build_trainer(
             model.prepare_decoder_input_ids_from_labels if training_args.label_smoothing_factor > 0 else None
         ),
     )
-    return Seq2SeqTrainer(
+    return TranslationTrainer(
         model=model,
         args=training_args,
         train_dataset=splits.get("train"),

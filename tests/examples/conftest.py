@@ -50,9 +50,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def run_script() -> Run:
     """Run run_translation.py as a user does: its own process, no launcher, no network."""
 
-    def run(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        arguments: Sequence[str], launcher: Sequence[str] = (), **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, str(EXAMPLE / "run_translation.py"), *arguments],
+            [sys.executable, *launcher, str(EXAMPLE / "run_translation.py"), *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
             capture_output=True,
             text=True,

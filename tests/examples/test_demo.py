@@ -36,7 +36,7 @@ def test_plain_differs_from_ours_only_in_launcher_config_and_its_schedule(tmp_pa
     script = ours.index("examples/translation/run_translation.py")
     assert ours[script + 1 : script + 3] == ["--deepspeed", "configs/zero2_offload.json"]
     assert plain[2:4] == ["--lr_scheduler_type", "constant_with_warmup"]
-    assert ours[script + 3 :] + ["--max_steps", "1"] == plain[4:]
+    assert [*ours[script + 3 :], "--max_steps", "1"] == plain[4:]
 
 
 def test_memory_is_shown_by_kind_and_place() -> None:

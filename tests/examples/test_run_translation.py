@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.examples.conftest import Run, Workspace, pair, write_lines
+from tests.examples.conftest import TINY, Run, Workspace, pair, write_lines
 
 pytestmark = pytest.mark.slow
 
@@ -129,6 +129,23 @@ def test_our_package_is_not_imported(workspace: Workspace, run_script: Run, tmp_
         [*workspace.arguments(tmp_path / "out"), "--do_train", "--max_steps", "1"], PYTHONPATH=str(poison.parent)
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_scores_and_translations_do_not_depend_on_the_number_of_ranks(
+    workspace: Workspace, run_script: Run, tmp_path: Path
+) -> None:
+    """7 rows on 2 ranks in batches of 2: the row that fills up the last batch is neither scored nor written."""
+    common = ["--do_predict", "--predict_with_generate", "--max_predict_samples", "7"]
+    common += ["--per_device_eval_batch_size", "2", "--config_overrides", f"{TINY},initializer_factor=3"]
+    one = run_script([*workspace.arguments(tmp_path / "one"), *common])
+    assert one.returncode == 0, one.stderr
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = run_script([*workspace.arguments(tmp_path / "two"), *common], launcher=launcher)
+    assert two.returncode == 0, two.stderr
+    name = "generated_predictions.txt"
+    assert (tmp_path / "two" / name).read_text("utf-8") == (tmp_path / "one" / name).read_text("utf-8")
+    for metric in ("predict_chrf", "predict_gen_len", "predict_samples"):
+        assert results(tmp_path / "two")[metric] == results(tmp_path / "one")[metric]
 
 
 @pytest.mark.data
