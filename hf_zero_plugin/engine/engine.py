@@ -32,6 +32,7 @@ from hf_zero_plugin.engine.registry import register, unregister
 from hf_zero_plugin.engine.schedules import build_scheduler
 from hf_zero_plugin.engine.sharded_assembly import assemble_sharded
 from hf_zero_plugin.engine.sharding import sharding_for
+from hf_zero_plugin.engine.timeline import Timed, describe_memory
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
 
 __all__ = ["ZeroEngine"]
@@ -39,7 +40,7 @@ __all__ = ["ZeroEngine"]
 logger = logging.getLogger("hf_zero_plugin")
 
 
-class ZeroEngine(nn.Module):
+class ZeroEngine(Timed, nn.Module):
     """Trains ``module`` under ZeRO stages 0 to 2, with or without offloaded optimizer states.
 
     Args:
@@ -92,6 +93,7 @@ class ZeroEngine(nn.Module):
         self._grad_norm: float | None = None
         self._destroyed = False
         register(self)
+        self._watch_if_asked(settings.wall_clock_breakdown)
 
     def _make_scheduler(self, given: Any) -> Any:
         if self.optimizer is None:
@@ -143,8 +145,9 @@ class ZeroEngine(nn.Module):
             scaled = scaled / self.settings.gradient_accumulation_steps
         if self.scaler is not None:
             scaled = scaled.float() * self.scaler.scale
-        scaled.backward(retain_graph=retain_graph)
-        parts.grads.end_backward()
+        with self._span("backward"):
+            scaled.backward(retain_graph=retain_graph)
+            parts.grads.end_backward()
         return loss
 
     @contextlib.contextmanager
@@ -168,14 +171,15 @@ class ZeroEngine(nn.Module):
         assert parts.masters is not None and parts.grads is not None and optimizer is not None
         if parts.doors is not None:
             parts.doors.settle()
-        stats = grad_stats(
-            parts.grads.norm_views(),
-            device=self.device,
-            loss_scale=self.loss_scale,
-            max_norm=self.settings.gradient_clipping,
-            sharded=parts.sharding.shards_states,
-            group=self.group,
-        )
+        with self._span("norm"):
+            stats = grad_stats(
+                parts.grads.norm_views(),
+                device=self.device,
+                loss_scale=self.loss_scale,
+                max_norm=self.settings.gradient_clipping,
+                sharded=parts.sharding.shards_states,
+                group=self.group,
+            )
         inputs = StepInputs(
             number=self.global_steps - self.skipped_steps + 1,
             groups=optimizer.hyperparameters(),
@@ -185,7 +189,8 @@ class ZeroEngine(nn.Module):
         # The step clears the gradients. Where an overflow would be the last, they must still be there to be blamed.
         launched = parts.masters.skips_on_device and not (self.scaler is not None and self.scaler.is_exhausted)
         if launched:
-            parts.masters.step(inputs)
+            with self._span("update"):
+                parts.masters.step(inputs)
         # The one host read of a step. The device still has the update to do, so it does not run dry.
         norm, found_inf = torch.stack([stats.norm, stats.found_inf]).tolist()
         overflow = bool(found_inf) and self.settings.check_grad_overflow
@@ -195,7 +200,8 @@ class ZeroEngine(nn.Module):
                 culprit = self._culprit() if self.scaler is not None and self.scaler.is_exhausted else None
                 parts.grads.clear()
             else:
-                parts.masters.step(inputs._replace(found_inf=None))
+                with self._span("update"):
+                    parts.masters.step(inputs._replace(found_inf=None))
         self._finish_step(norm, overflow, culprit)
 
     def _finish_step(self, norm: float, overflow: bool, culprit: str | None) -> None:
@@ -210,12 +216,17 @@ class ZeroEngine(nn.Module):
             self.lr_scheduler.step()
         if self.scaler is not None:
             self.scaler.update(overflow, culprit=culprit)
+        if self.timeline is not None:
+            self.timeline.close_step()
         every = self.settings.steps_per_print
         if every and self.global_steps % every == 0 and self.global_rank == 0:
             rates = ", ".join(f"{group['lr']:.3g}" for group in self.optimizer.param_groups)
             logger.info(
                 "step %d, skipped %d, lr [%s]%s", self.global_steps, self.skipped_steps, rates, self._scale_note()
             )
+            self._log_breakdown()
+            if self.settings.memory_breakdown:
+                logger.info("memory: %s", describe_memory(self.memory_report()))
 
     def _culprit(self) -> str | None:
         """Name of the first parameter whose gradient is inf or nan on any rank. Collective."""
@@ -343,6 +354,7 @@ class ZeroEngine(nn.Module):
         """Finish pending work and remove every hook, thread and page lock; the module stays usable."""
         if not self._destroyed:
             self._destroyed = True
+            self._end_watching()
             unregister(self)
             self.parts.close()
 

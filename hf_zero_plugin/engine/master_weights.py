@@ -12,7 +12,7 @@ A home is given pieces of buckets and steps them. Three homes exist::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from hf_zero_plugin.engine.buckets import Piece
 from hf_zero_plugin.engine.gradients import GradientStore
 from hf_zero_plugin.engine.optimizers import UpdateRule
 from hf_zero_plugin.engine.piece_states import PieceStates
+
+if TYPE_CHECKING:
+    from hf_zero_plugin.engine.timeline import Timeline
 
 __all__ = ["Context", "DeviceHome", "Home", "MasterWeights", "StepInputs"]
 
@@ -71,6 +74,9 @@ class Context(NamedTuple):
 
 class Home:
     """Holds masters and states of some pieces and updates them."""
+
+    timeline: Timeline | None = None
+    """Told when work begins and ends, if somebody watches."""
 
     def __init__(self, context: Context, pieces: Sequence[Piece]) -> None:
         self.context = context
@@ -183,6 +189,12 @@ class MasterWeights:
         self.any_pending = False
         # A bucket is finished by the last home that holds a part of it; earlier ones must not gather it.
         self.finisher = {piece.bucket: home for home in self.homes for piece in home.pieces}
+        self._timeline: Timeline | None = None
+
+    def watch(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        for home in self.homes:
+            home.timeline = timeline
 
     @property
     def skips_on_device(self) -> bool:
@@ -206,8 +218,12 @@ class MasterWeights:
     def wait(self, bucket: int) -> None:
         if self._pending[bucket]:
             self._pending[bucket] = False
+            timeline = self._timeline
+            started = timeline.begin() if timeline is not None else None
             for home in self.homes:
                 home.wait(bucket)
+            if timeline is not None and started is not None:
+                timeline.end("wait", started)
 
     def wait_all(self) -> None:
         if self.any_pending:

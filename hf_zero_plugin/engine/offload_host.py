@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -125,6 +126,7 @@ class HostHome(Home):
             with torch.no_grad():
                 if self._on_cuda:
                     self._grad_ready[job.bucket].synchronize()
+                started = time.perf_counter()
                 for index in self._pieces_of[job.bucket]:
                     self._update_piece(index, job)
                 if self._on_cuda:
@@ -135,6 +137,8 @@ class HostHome(Home):
                     for index in self._pieces_of[job.bucket]:
                         self.context.clear_grad(self.pieces[index])
                     self.context.finish_bucket(job.bucket, self)
+                if self.timeline is not None:
+                    self.timeline.end_host_work(started)
         except BaseException as error:  # a thread has nobody to raise to: the next wait raises it
             self._error = error
             if self._thread is None:

@@ -111,6 +111,7 @@ class StreamedHome(Home):
         if inputs is None or ready is None:
             return
         self._pending = None
+        started = self.timeline.begin() if self.timeline is not None else None
         number = torch.full((), float(inputs.number), device=self.context.device)
         # Tensors of the compute stream that slots read stay referenced until the next step has replaced them.
         self._alive = (number, inputs)
@@ -129,6 +130,8 @@ class StreamedHome(Home):
                 slot.holds = None
             if not self.context.is_alone and self.last_piece_of_bucket[piece.bucket] == index:
                 self._gather(piece.bucket)
+        if self.timeline is not None and started is not None:
+            self.timeline.end_flight(started, list(self._done.values()))
 
     def _update(self, slot: _Slot, piece: Piece, inputs: StepInputs, number: Tensor) -> None:
         rows = slot.buffer[: (self._rows + 1) * piece.numel].view(self._rows + 1, -1)
