@@ -58,20 +58,31 @@ class Assembly:
 
     @property
     def param_ids(self) -> set[int]:
-        return {id(param) for param in self.params}
+        known = {id(param) for param in self.params}
+        return known if self.shards is None else known | self.shards.ids
+
+    def index_of(self, param: nn.Parameter) -> int | None:
+        """Where ``param`` stands in ``params``; None if it is not trained by this engine."""
+        item = self.shards.find(param) if self.shards is not None else None
+        wanted = param if item is None else item.param
+        return next((index for index, mine in enumerate(self.params) if mine is wanted), None)
 
     def publish_masters(self) -> None:
         """Write the masters into the weights, on all ranks: after they were loaded or set. Collective."""
         if self.masters is None or self.weights is None:
             return
-        if self.shards is not None:
-            self.shards.reshard()
+        self.reshard()
         self.masters.write_weights()
         if self.sharding.gathers_weights:
             for layout, flat in zip(self.layouts, self.weights.flats):
                 if layout.num_shards > 1:
                     low, high = layout.shard_range(self.sharding.shard)
                     all_gather_flat(flat, flat[low:high].clone(), self.gather_group)
+
+    def reshard(self) -> None:
+        """Free gathered copies of sharded parameters, before shards are read or written directly."""
+        if self.shards is not None:
+            self.shards.reshard()
 
     def states_changed(self) -> None:
         """Somebody wrote to masters or states directly: drop copies made ahead of time."""

@@ -23,6 +23,7 @@ from hf_zero_plugin.checkpoint.format import (
     ShardReader,
     Slice,
     newest_tag,
+    reading,
     write_shard,
 )
 from hf_zero_plugin.engine.buckets import BucketLayout, Piece
@@ -41,7 +42,8 @@ def _slots_of(layout: BucketLayout, piece: Piece) -> Iterator[tuple[str, int, in
     for slot in layout.slots:
         start, end = max(slot.start, piece.start), min(slot.end, piece.end)
         if start < end:
-            yield slot.spec.name, start - slot.start, end - slot.start, start - piece.start
+            first = slot.spec.offset - slot.start
+            yield slot.spec.name, start + first, end + first, start - piece.start
 
 
 def _my_slices(engine: ZeroEngine) -> Iterator[Slice]:
@@ -50,18 +52,26 @@ def _my_slices(engine: ZeroEngine) -> Iterator[Slice]:
         tensors = home.tensors(index)
         for name, start, end, offset in _slots_of(engine.parts.layouts[piece.bucket], piece):
             for kind, tensor in tensors.items():
-                if tensor.numel() == piece.numel and tensor.ndim > 0:
+                # Elementwise states have the master's shape; a factor of (n,) of a matrix of (n, 1) is none of them.
+                if tensor.shape == tensors["master"].shape:
                     yield Slice(name, kind, start, end, tensor.reshape(-1)[offset : offset + end - start])
                 else:
                     yield Slice(name, kind, 0, -1, tensor)
 
 
 def _untrained(engine: ZeroEngine, exclude_frozen: bool) -> dict[str, Tensor]:
+    """Buffers and frozen parameters, on the host of rank 0. Collective at stage 3."""
+    engine.parts.reshard()
     trained = {slot.spec.name for layout in engine.parts.layouts for slot in layout.slots}
     tensors = dict(engine.module.named_buffers())
     if not exclude_frozen:
         tensors.update({name: p.detach() for name, p in engine.module.named_parameters() if name not in trained})
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    shards, found = engine.parts.shards, {}
+    for name, tensor in tensors.items():
+        whole = shards.gather(shards.by_name[name]) if shards is not None and name in shards.by_name else tensor
+        if engine.global_rank == 0:
+            found[name] = whole.detach().to("cpu", copy=True).contiguous()
+    return found
 
 
 def save_engine(
@@ -85,8 +95,9 @@ def save_engine(
     if engine.parts.masters is not None and engine.parts.sharding.shard == _writer(engine):
         shard, num_shards = engine.parts.sharding.shard, engine.parts.sharding.num_shards
         write_shard(work, shard, num_shards, _my_slices(engine))
+    untrained = _untrained(engine, exclude_frozen)
     if engine.global_rank == 0:
-        save_file(_untrained(engine, exclude_frozen), work / MODULE_FILE)
+        save_file(untrained, work / MODULE_FILE)
         schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
         torch.save({"client_state": client_state, "lr_scheduler": schedule}, work / CLIENT_FILE)
         (work / STATE_FILE).write_text(json.dumps(_state(engine), indent=1))
@@ -95,7 +106,9 @@ def save_engine(
         shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
         if save_latest:
-            (root / LATEST).write_text(tag)
+            # Written aside and renamed: a machine that goes down now must not leave it empty.
+            (root / f"{LATEST}.tmp").write_text(tag)
+            (root / f"{LATEST}.tmp").rename(root / LATEST)
     _barrier(engine)
     return True
 
@@ -119,7 +132,7 @@ def _state(engine: ZeroEngine) -> dict[str, Any]:
         "skipped_steps": engine.skipped_steps,
         "micro_steps": engine.micro_steps,
         "loss_scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
-        "shapes": {s.spec.name: list(s.spec.shape) for layout in engine.parts.layouts for s in layout.slots},
+        "shapes": {s.spec.name: list(s.spec.full_shape) for layout in engine.parts.layouts for s in layout.slots},
         "rule": type(engine.parts.masters.homes[0].context.rule).__name__ if engine.parts.masters else None,
         "param_groups": [{k: v for k, v in group.items() if _is_plain(v)} for group in hyper],
     }
@@ -167,20 +180,26 @@ def load_engine(
         return None, {}
     directory = root / tag
     engine.synchronize()
-    state = json.loads((directory / STATE_FILE).read_text())
+    with reading(directory / STATE_FILE) as file:
+        state = json.loads(file.read_text())
     if state["format"] > FORMAT:
         raise CheckpointError(
             f"{directory}: written in format {state['format']}, this version reads up to {FORMAT}. "
             "Upgrade hf-zero-plugin."
         )
-    _load_untrained(engine, directory / MODULE_FILE, strict)
-    if engine.parts.masters is not None:
-        reader = ShardReader(directory)
-        _check_params(engine, reader, directory, strict)
+    # Everything is opened and checked before anything is changed.
+    with reading(directory / CLIENT_FILE) as file:
+        client = torch.load(file, map_location="cpu", weights_only=False)
+    with reading(directory / MODULE_FILE) as file:
+        untrained = load_file(file)
+    reader = ShardReader(directory) if engine.parts.masters is not None else None
+    if reader is not None:
+        _check_params(engine, reader, directory, strict, state.get("shapes", {}))
+    _load_untrained(engine, untrained)
+    if reader is not None:
         _load_pieces(engine, reader, optimizer_states)
         reader.close()
         engine.parts.publish_masters()
-    client = torch.load(directory / CLIENT_FILE, map_location="cpu", weights_only=False)
     if optimizer_states:
         _restore_counts(engine, state)
     if scheduler_states and engine.lr_scheduler is not None and client["lr_scheduler"] is not None:
@@ -188,17 +207,23 @@ def load_engine(
     return str(directory), client["client_state"]
 
 
-def _load_untrained(engine: ZeroEngine, file: Path, strict: bool) -> None:
+def _load_untrained(engine: ZeroEngine, tensors: dict[str, Tensor]) -> None:
+    engine.parts.reshard()
     targets = dict(engine.module.named_buffers())
     trained = {slot.spec.name for layout in engine.parts.layouts for slot in layout.slots}
     targets.update({n: p.data for n, p in engine.module.named_parameters() if n not in trained})
-    for name, tensor in load_file(file).items():
-        if name in targets:
+    shards = engine.parts.shards
+    for name, tensor in tensors.items():
+        if shards is not None and name in shards.by_name:
+            shards.write(shards.by_name[name], tensor)
+        elif name in targets:
             targets[name].copy_(tensor)
 
 
-def _check_params(engine: ZeroEngine, reader: ShardReader, directory: Path, strict: bool) -> None:
-    mine = {slot.spec.name: slot.spec.numel for layout in engine.parts.layouts for slot in layout.slots}
+def _check_params(
+    engine: ZeroEngine, reader: ShardReader, directory: Path, strict: bool, shapes: dict[str, list[int]]
+) -> None:
+    mine = {slot.spec.name: slot.spec.full_numel for layout in engine.parts.layouts for slot in layout.slots}
     missing = sorted(set(mine) - reader.params)
     extra = sorted(reader.params - set(mine))
     if (missing or extra) and strict:
@@ -214,32 +239,40 @@ def _check_params(engine: ZeroEngine, reader: ShardReader, directory: Path, stri
                 f"{directory}: parameter {name!r} has {reader.numel(name)} elements in the checkpoint and {mine[name]} "
                 "in the model. Were embeddings resized after it was written?"
             )
+        if name in shapes and list(engine.module.get_parameter(name).shape) != shapes[name]:
+            raise CheckpointError(
+                f"{directory}: parameter {name!r} has shape {shapes[name]} in the checkpoint and "
+                f"{list(engine.module.get_parameter(name).shape)} in the model. Build the model as it was when the "
+                "checkpoint was written."
+            )
 
 
 @torch.no_grad()
 def _load_pieces(engine: ZeroEngine, reader: ShardReader, optimizer_states: bool) -> None:
     assert engine.parts.masters is not None
     for home, index, piece in engine.parts.masters.pieces():
-        tensors = {name: tensor for name, tensor in home.tensors(index).items()}
+        tensors = home.tensors(index)
         gathered: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
         for name, start, end, offset in _slots_of(engine.parts.layouts[piece.bucket], piece):
             kinds = reader.kinds(name) if optimizer_states else ["master"]
             for kind in kinds:
                 values = reader.read(name, kind, start, end)
                 if values is None:
                     continue
-                if values.numel() != end - start or values.ndim == 0:
-                    gathered[kind] = values
+                if reader.is_whole(name, kind):
+                    whole[kind] = values
                     continue
                 if kind not in gathered:
                     base = tensors.get(kind)
                     gathered[kind] = (
-                        torch.zeros(piece.numel)
+                        torch.zeros(piece.numel, dtype=values.dtype)
                         if base is None or base.numel() != piece.numel
                         else base.detach().reshape(-1).float().cpu().clone()
                     )
                 gathered[kind][offset : offset + end - start] = values
-        home.load(index, gathered)
+        shape = tensors["master"].shape
+        home.load(index, {**whole, **{kind: flat.view(shape) for kind, flat in gathered.items()}})
 
 
 def _restore_counts(engine: ZeroEngine, state: dict[str, Any]) -> None:

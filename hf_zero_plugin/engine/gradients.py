@@ -116,11 +116,11 @@ class GradientStore:
         """Parts of the shards that belong to parameters (no padding), in parameter order."""
         parts: list[tuple[int, Tensor]] = []
         for layout in self.layouts:
-            low, _ = layout.shard_range(self.sharding.shard)
+            mine = self.sharding.shard_of(layout)
+            low, _ = layout.shard_range(mine)
             shard = self.shard(layout.index)
             parts += [
-                (slot.spec.index, shard[start - low : end - low])
-                for slot, start, end in layout.slots_in_shard(self.sharding.shard)
+                (slot.spec.index, shard[start - low : end - low]) for slot, start, end in layout.slots_in_shard(mine)
             ]
         return [tensor for _, tensor in sorted(parts, key=lambda part: part[0])]
 
@@ -128,9 +128,10 @@ class GradientStore:
         """(index, name) of the first parameter whose gradient is inf or nan, in this rank's shards. Syncs the device."""
         bad: list[tuple[int, str]] = []
         for layout in self.layouts:
-            low, _ = layout.shard_range(self.sharding.shard)
+            mine = self.sharding.shard_of(layout)
+            low, _ = layout.shard_range(mine)
             shard = self.shard(layout.index)
-            for slot, start, end in layout.slots_in_shard(self.sharding.shard):
+            for slot, start, end in layout.slots_in_shard(mine):
                 if not torch.isfinite(shard[start - low : end - low]).all():
                     bad.append((slot.spec.index, slot.spec.name))
         return min(bad, default=None)

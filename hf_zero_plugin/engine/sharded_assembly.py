@@ -392,7 +392,7 @@ def _make_grads(
         )
     # FSDP2 takes the mean.
     factor = float(sharding.world_size) if settings.gradient_allreduce_op == "sum" else 1.0
-    sharded = ShardedGrads(plan.sharded, parts.params, flats, accumulate_fp32=accumulate_fp32, factor=factor)
+    sharded = ShardedGrads(plan.sharded, parts.params, sharding, flats, accumulate_fp32=accumulate_fp32, factor=factor)
     return Stage3Grads(whole, sharded)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_zero_plugin.engine.buckets import BucketLayout
 from hf_zero_plugin.engine.flat import view_of
 from hf_zero_plugin.engine.gradients import GradientStore
+from hf_zero_plugin.engine.sharding import Sharding
 
 __all__ = ["ShardedGrads", "Stage3Grads"]
 
@@ -31,6 +32,7 @@ class ShardedGrads(GradientStore):
         self,
         layouts: Sequence[BucketLayout],
         params: Sequence[nn.Parameter],
+        sharding: Sharding,
         flats: Sequence[Tensor],
         *,
         accumulate_fp32: bool,
@@ -38,6 +40,7 @@ class ShardedGrads(GradientStore):
     ) -> None:
         self.layouts = list(layouts)
         self.params = list(params)
+        self.sharding = sharding
         self.boundary = True
         self._handles = []
         self._factor = factor
@@ -83,14 +86,6 @@ class ShardedGrads(GradientStore):
     def shard(self, bucket: int) -> Tensor:
         return self._flats[bucket]
 
-    def norm_views(self) -> list[Tensor]:
-        parts = [
-            (index, self._flats[bucket][slot.start : slot.end])
-            for index, (bucket, slot) in self._places.items()
-            if slot.spec.numel
-        ]
-        return [view for _, view in sorted(parts, key=lambda part: part[0])]
-
     @property
     def num_bytes(self) -> int:
         return sum(flat.numel() * flat.element_size() for flat in self._flats.values())
@@ -101,6 +96,7 @@ class Stage3Grads(GradientStore):
 
     def __init__(self, whole: GradientStore | None, sharded: ShardedGrads) -> None:
         self.layouts = [*(whole.layouts if whole is not None else []), *sharded.layouts]
+        self.sharding = sharded.sharding
         self._stores: list[GradientStore] = [sharded] if whole is None else [whole, sharded]
         self._store_of = {layout.index: store for store in self._stores for layout in store.layouts}
 
@@ -126,9 +122,6 @@ class Stage3Grads(GradientStore):
 
     def clear_shard(self, bucket: int) -> None:
         self._store_of[bucket].clear_shard(bucket)
-
-    def norm_views(self) -> list[Tensor]:
-        return [view for store in self._stores for view in store.norm_views()]
 
     @property
     def num_bytes(self) -> int:

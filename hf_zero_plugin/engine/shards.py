@@ -63,8 +63,17 @@ class Shards:
         self._originals += originals.values()  # kept, so that their ids are not given to others
         self._by_id.update({id(param): self.by_name[name] for name, param in originals.items()})
 
-    def find(self, param: nn.Parameter) -> ShardedParam | None:
-        return self._by_id.get(id(param))
+    @property
+    def ids(self) -> set[int]:
+        """Of everything that ``find`` understands, but for gathered parameters."""
+        return set(self._by_id)
+
+    def find(self, param: Tensor) -> ShardedParam | None:
+        """By the parameter as it is between uses, while it is gathered, or as it was before sharding."""
+        found = self._by_id.get(id(param))
+        if found is None:
+            found = next((item for item in self.params if vars(item.handle).get("_unsharded_param") is param), None)
+        return found
 
     def reshard(self) -> None:
         reshard_all(self.model)
@@ -105,7 +114,7 @@ class Shards:
                     state[name] = value
                 continue
             if id(value) not in done:
-                item = self.find(value)  # type: ignore[arg-type]
+                item = self.find(value)
                 whole = self.gather(item) if item is not None else value.detach()
                 done[id(value)] = whole.cpu() if self.rank == 0 else torch.empty(0)
             if self.rank == 0:

@@ -24,9 +24,10 @@ __all__ = ["full_grad", "full_state", "local_grad", "local_state", "set_full_sta
 
 def _find(param: nn.Parameter) -> tuple[ZeroEngine, BucketLayout, Slot] | None:
     for engine in engines_of([param]):
+        index = engine.parts.index_of(param)
         for layout in engine.parts.layouts:
             for slot in layout.slots:
-                if engine.parts.params[slot.spec.index] is param:
+                if slot.spec.index == index:
                     return engine, layout, slot
     return None
 
@@ -40,7 +41,8 @@ def _slices(engine: ZeroEngine, layout: BucketLayout, slot: Slot, kind: str) -> 
             tensors = home.tensors(index)
             if kind in tensors:
                 flat = tensors[kind].reshape(-1)
-                yield start - slot.start, end - slot.start, flat[start - piece.start : end - piece.start]
+                first = slot.spec.offset - slot.start
+                yield start + first, end + first, flat[start - piece.start : end - piece.start]
 
 
 def local_state(param: nn.Parameter, kind: str) -> Tensor | None:
@@ -61,12 +63,12 @@ def full_state(param: nn.Parameter, kind: str) -> Tensor | None:
         return None
     engine, layout, slot = found
     engine.synchronize()
-    out = torch.zeros(slot.spec.numel, device=engine.device)
+    out = torch.zeros(slot.spec.full_numel, device=engine.device)
     for start, end, tensor in _slices(engine, layout, slot, kind):
         out[start:end] = tensor.to(engine.device)
     if engine.parts.sharding.num_shards > 1:
         dist.all_reduce(out, group=engine.group)
-    return out.view(slot.spec.shape)
+    return out.view(slot.spec.full_shape)
 
 
 def set_local_state(param: nn.Parameter, value: Tensor, kind: str) -> None:
@@ -106,7 +108,7 @@ def local_grad(param: nn.Parameter) -> Tensor | None:
     if found is None or found[0].parts.grads is None:
         return None
     engine, layout, slot = found
-    low, high = layout.shard_range(engine.parts.sharding.shard)
+    low, high = layout.shard_range(engine.parts.sharding.shard_of(layout))
     start, end = max(low, slot.start), min(high, slot.end)
     shard = engine.parts.grads.shard(layout.index)
     return shard[start - low : max(start, end) - low].float() / engine.loss_scale
@@ -119,11 +121,11 @@ def full_grad(param: nn.Parameter) -> Tensor | None:
     if found is None or local is None:
         return None
     engine, layout, slot = found
-    low, _ = layout.shard_range(engine.parts.sharding.shard)
-    out = torch.zeros(slot.spec.numel, device=engine.device)
-    start = max(low, slot.start) - slot.start
+    low, _ = layout.shard_range(engine.parts.sharding.shard_of(layout))
+    out = torch.zeros(slot.spec.full_numel, device=engine.device)
+    start = max(low, slot.start) - slot.start + slot.spec.offset
     if local.numel():
         out[start : start + local.numel()] = local
     if engine.parts.sharding.num_shards > 1:
         dist.all_reduce(out, group=engine.group)
-    return out.view(slot.spec.shape)
+    return out.view(slot.spec.full_shape)
