@@ -16,6 +16,7 @@ counts) is stored whole as ``parameter|kind|*``. Where a slice began and ended i
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,7 +29,18 @@ from torch import Tensor
 
 from hf_zero_plugin.errors import CheckpointError
 
-__all__ = ["CLIENT_FILE", "FORMAT", "LATEST", "MODULE_FILE", "STATE_FILE", "ShardReader", "Slice", "write_shard"]
+__all__ = [
+    "CLIENT_FILE",
+    "FORMAT",
+    "LATEST",
+    "MODULE_FILE",
+    "STATE_FILE",
+    "ShardReader",
+    "Slice",
+    "newest_tag",
+    "reading",
+    "write_shard",
+]
 
 FORMAT = 1
 LATEST = "latest"
@@ -37,6 +49,22 @@ CLIENT_FILE = "zero_client.pt"
 MODULE_FILE = "zero_module.safetensors"
 SHARD_BYTES = 2 * 10**9
 _SHARD_PATTERN = re.compile(r"zero_shard_(\d+)_of_(\d+)_(\d+)\.safetensors")
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[Path]:
+    """Whatever goes wrong while ``file`` is read is the file's fault, and said so.
+
+    Raises:
+        CheckpointError: the body failed.
+    """
+    try:
+        yield file
+    except Exception as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error}). The file is missing, damaged or was cut short; resume from another "
+            "checkpoint."
+        ) from error
 
 
 class Slice(NamedTuple):
@@ -110,13 +138,8 @@ class ShardReader:
                 )
 
     def _index(self, file: Path) -> None:
-        try:
+        with reading(file):
             handle = safe_open(file, framework="pt")
-        except Exception as error:
-            raise CheckpointError(
-                f"{file}: cannot be read ({error}). The file is damaged or was cut short; resume from another "
-                "checkpoint."
-            ) from error
         self._open[file] = handle
         for key in handle.keys():  # noqa: SIM118 - not a dict
             param, kind, span = key.rsplit("|", 2)
@@ -153,6 +176,11 @@ class ShardReader:
             )
         return out
 
+    def is_whole(self, param: str, kind: str) -> bool:
+        """The state was stored in its own shape, not in slices of the flattened parameter."""
+        places = self._places.get((param, kind))
+        return bool(places) and places[0].end < 0
+
     def numel(self, param: str) -> int:
         return max(place.end for place in self._places[(param, "master")])
 
@@ -163,7 +191,8 @@ class ShardReader:
 def newest_tag(directory: Path) -> str | None:
     """The tag in ``latest``, or the highest global_stepN, or None."""
     latest = directory / LATEST
-    if latest.is_file() and (directory / latest.read_text().strip()).is_dir():
-        return latest.read_text().strip()
+    tag = latest.read_text().strip() if latest.is_file() else ""
+    if tag and (directory / tag).is_dir():
+        return tag
     steps = [d.name for d in directory.glob("global_step*") if d.is_dir() and d.name[11:].isdigit()]
     return max(steps, key=lambda name: int(name[11:]), default=None)

@@ -12,6 +12,8 @@ from hf_zero_plugin.engine.master_weights import Context, Home, StepInputs
 
 __all__ = ["ClientHome"]
 
+_NUMBER = "number:"
+
 
 class ClientHome(Home):
     """Puts fp32 master parameters in place of the model's in the client's param groups, and calls its ``step``.
@@ -70,22 +72,26 @@ class ClientHome(Home):
                 self.context.finish_bucket(piece.bucket, self)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
+        """Plain numbers among the states (Adafactor counts its steps in one) are given as 0-dim tensors."""
         master = self._masters[index]
-        state = self._client.state.get(master, {})
-        return {
-            "master": master.detach(),
-            **{name: value for name, value in state.items() if isinstance(value, Tensor)},
-        }
+        found = {"master": master.detach()}
+        for name, value in self._client.state.get(master, {}).items():
+            if isinstance(value, Tensor):
+                found[name] = value
+            elif isinstance(value, bool | int | float):
+                found[_NUMBER + name] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        return found
 
     def load(self, index: int, tensors: dict[str, Tensor]) -> None:
         master = self._masters[index]
         state = self._client.state[master]
         for name, value in tensors.items():
-            if name == "master":
+            if name.startswith(_NUMBER):
+                state[name.removeprefix(_NUMBER)] = value.item()
+            elif name == "master":
                 master.detach().copy_(value.view_as(master))
             else:
-                shaped = value.view_as(master) if value.numel() == master.numel() and value.ndim else value
-                state[name] = shaped.to(self._device if shaped.ndim else "cpu").clone()
+                state[name] = value.to(self._device if value.ndim else "cpu").clone()
 
     @property
     def num_bytes(self) -> dict[str, int]:

@@ -79,8 +79,7 @@ class PieceStates:
         for name, value in tensors.items():
             if name == "master" or name in state:
                 continue
-            full = value.ndim > 0 and value.numel() == master.numel()
-            state[name] = value.view_as(master).to(master.device).clone() if full else value.clone()
+            state[name] = value.to(master.device if value.ndim else value.device).clone()
 
     def num_bytes(self) -> dict[str, int]:
         masters = moments = 0
