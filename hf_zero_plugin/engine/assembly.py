@@ -67,6 +67,10 @@ class Assembly:
         wanted = param if item is None else item.param
         return next((index for index, mine in enumerate(self.params) if mine is wanted), None)
 
+    def buckets_of(self, params: Sequence[nn.Parameter]) -> set[int]:
+        indices = {self.index_of(param) for param in params}
+        return {layout.index for layout in self.layouts for slot in layout.slots if slot.spec.index in indices}
+
     def publish_masters(self) -> None:
         """Write the masters into the weights, on all ranks: after they were loaded or set. Collective."""
         if self.masters is None or self.weights is None:

@@ -259,10 +259,10 @@ class ZeroEngine(Timed, nn.Module):
         if self.parts.masters is not None:
             self.parts.masters.synchronize()
 
-    def refresh_master_weights(self) -> None:
-        """The weights were changed from outside: make the masters agree; optimizer states stay."""
+    def refresh_master_weights(self, params: Sequence[nn.Parameter] | None = None) -> None:
+        """The weights (of ``params``, or all) were changed from outside: make the masters agree; states stay."""
         if self.parts.masters is not None:
-            self.parts.masters.refresh_from_weights()
+            self.parts.masters.refresh_from_weights(None if params is None else self.parts.buckets_of(params))
 
     def memory_report(self) -> dict[str, dict[str, int]]:
         """Bytes of this rank by place ("device", "host") and kind."""

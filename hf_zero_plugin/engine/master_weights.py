@@ -248,10 +248,12 @@ class MasterWeights:
             home.set_master(index, exact(piece))
 
     @torch.no_grad()
-    def refresh_from_weights(self) -> None:
-        """Somebody changed the weights: take them as the new masters, keep the states."""
+    def refresh_from_weights(self, buckets: set[int] | None = None) -> None:
+        """Somebody changed the weights (of ``buckets``, or all): take them as the new masters, keep the states."""
         self.synchronize()
         for home, index, piece in self.pieces():
+            if buckets is not None and piece.bucket not in buckets:
+                continue
             weight, master = home.context.weight_of(piece), home.tensors(index)["master"].view(-1)
             if weight.data_ptr() == master.data_ptr():
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -13,18 +14,20 @@ if TYPE_CHECKING:
 
 __all__ = ["engines_of", "register", "unregister"]
 
-_engines: weakref.WeakSet[ZeroEngine] = weakref.WeakSet()
+_engines: weakref.WeakValueDictionary[int, ZeroEngine] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 def register(engine: ZeroEngine) -> None:
-    _engines.add(engine)
+    _engines[next(_numbers)] = engine
 
 
 def unregister(engine: ZeroEngine) -> None:
-    _engines.discard(engine)
+    for number in [number for number, other in _engines.items() if other is engine]:
+        del _engines[number]
 
 
 def engines_of(params: Iterable[nn.Parameter]) -> list[ZeroEngine]:
-    """Living engines that train any of ``params``."""
+    """Living engines that train any of ``params``, in the order in which they were made: the same on every rank."""
     wanted = {id(param) for param in params}
-    return [engine for engine in _engines if wanted & engine.parts.param_ids]
+    return [engine for _, engine in sorted(_engines.items()) if wanted & engine.parts.param_ids]

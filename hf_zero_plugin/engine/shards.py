@@ -8,6 +8,8 @@ padding at its end.
 from __future__ import annotations
 
 import functools
+import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -21,10 +23,19 @@ from hf_zero_plugin.engine.collectives import all_gather_flat
 from hf_zero_plugin.engine.fsdp import ShardedParam, fsdp_modules, groups_of, reshard_all, sharded_params
 from hf_zero_plugin.engine.master_weights import MasterWeights
 
-__all__ = ["Shards", "Span", "span_of", "watch_evaluation"]
+__all__ = ["Shards", "Span", "living_shards", "span_of", "watch_evaluation"]
 
 FORWARD_METHODS = ("generate",)
 """Methods of Hugging Face models that run parts of the model without going through its ``forward`` first."""
+
+
+_numbers = itertools.count()
+_living: weakref.WeakValueDictionary[int, Shards] = weakref.WeakValueDictionary()
+
+
+def living_shards() -> list[Shards]:
+    """Of every model that is sharded, engine or not, in the order in which they were made."""
+    return [shards for _, shards in sorted(_living.items())]
 
 
 class Span(NamedTuple):
@@ -56,12 +67,33 @@ class Shards:
         self.by_name = {item.name: item for item in self.params}
         self._by_id = {id(item.param): item for item in self.params}
         self._originals: list[nn.Parameter] = []
+        self._shapes = {id(item.handle): item.param.shape for item in self.params}
+        self._indices = {id(item.handle): index for index, item in enumerate(self.params)}
         self._guarded: list[Any] = []
+        self.number = next(_numbers)
+        """Engines are made in the same order on every rank."""
+        for index, item in enumerate(self.params):
+            described = {"ds_id": index, "ds_shape": item.param.shape, "ds_numel": item.param.shape.numel()}
+            vars(item.param).update(described)
+        # The model keeps this alive as long as it is sharded, and a later engine's takes its place.
+        model._zero_shards = self  # type: ignore[assignment]
+        _living[self.number] = self
 
     def remember(self, originals: dict[str, nn.Parameter]) -> None:
         """Parameters as they were before sharding, by name: whoever still holds one is understood."""
         self._originals += originals.values()  # kept, so that their ids are not given to others
         self._by_id.update({id(param): self.by_name[name] for name, param in originals.items()})
+
+    def index(self, item: ShardedParam) -> int:
+        """The same on every rank."""
+        return self._indices[id(item.handle)]
+
+    def is_original(self, param: nn.Parameter) -> bool:
+        return any(param is original for original in self._originals)
+
+    def shape(self, item: ShardedParam) -> torch.Size:
+        """Of the whole parameter."""
+        return self._shapes[id(item.handle)]
 
     @property
     def ids(self) -> set[int]:
@@ -84,7 +116,7 @@ class Shards:
     def gather(self, item: ShardedParam) -> Tensor:
         """The whole parameter on the compute device, in its own type. Collective."""
         padded = item.padded.to(self.device)
-        shape = item.param.shape
+        shape = self.shape(item)
         if self.world_size == 1:
             return padded.clone().view(shape) if padded is item.padded else padded.view(shape)
         whole = padded.new_empty(padded.numel() * self.world_size)
@@ -94,8 +126,10 @@ class Shards:
     @torch.no_grad()
     def write(self, item: ShardedParam, whole: Tensor) -> None:
         """Take this rank's rows of ``whole`` as the new shard. The caller sees to it that ranks agree."""
-        span = span_of(item.param.shape, self.rank, self.world_size)
+        span = span_of(self.shape(item), self.rank, self.world_size)
         item.padded[: span.end - span.start].copy_(whole.reshape(-1)[span.start : span.end])
+        if item.group.is_unsharded:
+            item.handle.unsharded_param.data.copy_(whole)
 
     def state_dict(self, keep: Callable[[str], bool]) -> dict[str, Tensor]:
         """The model's state dict with whole tensors in host memory on rank 0, nothing elsewhere. Collective.

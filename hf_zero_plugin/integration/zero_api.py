@@ -1,12 +1,13 @@
 """The ``deepspeed.zero`` names: gathering parameters, building sharded models, marking leaf modules.
 
 At stages 0 to 2 every rank holds whole parameters, so gathering means: wait for pending updates, let one rank change
-what it wants, give the change to the others and to the master weights.
+what it wants, give the change to the others and to the master weights. At stage 3 ``engine/gathering.py`` makes
+parameters whole first. Before an engine is made, ``sharded_init.py`` lends values to ranks that lack them.
 """
 
 from __future__ import annotations
 
-import enum
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_zero_plugin.engine.fsdp import LEAF_MARK
+from hf_zero_plugin.engine.gathering import ZeroParamStatus, find_sharded, gathered
 from hf_zero_plugin.engine.registry import engines_of
+from hf_zero_plugin.integration.sharded_init import Init, lent
 
 __all__ = [
     "GatheredParameters",
@@ -34,12 +38,6 @@ orig_torch_arange = torch.arange
 def zero_wrapper_for_fp_tensor_constructor(fn: Any, *args: Any, **kwargs: Any) -> Any:
     """Tensor constructors are not wrapped by this engine: returned as they are."""
     return fn
-
-
-class ZeroParamStatus(enum.Enum):
-    AVAILABLE = 1
-    NOT_AVAILABLE = 2
-    INFLIGHT = 3
 
 
 def _parameters(params: Any) -> list[nn.Parameter]:
@@ -75,34 +73,28 @@ class GatheredParameters:
         self.modifier_rank = modifier_rank
 
     def __enter__(self) -> None:
-        for engine in engines_of(self.params):
+        engines = engines_of(self.params)
+        for engine in engines:
             engine.synchronize()
+        sharded = {id(place.given) for place in find_sharded(self.params)}
+        known = set().union(*(engine.parts.param_ids for engine in engines))
+        places = [(number, engine.parts.index_of(p), p) for number, engine in enumerate(engines) for p in self.params]
+        plain = [(number, index, p) for number, index, p in places if index is not None and id(p) not in sharded]
+        self._plain = [p for *_, p in sorted(plain, key=lambda place: place[:2])]
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(lent([p for p in self.params if id(p) not in known | sharded], self.modifier_rank))
+        self._stack.enter_context(gathered(self.params, self.modifier_rank))
 
     def __exit__(self, *exc_info: Any) -> None:
-        if self.modifier_rank is None or exc_info[0] is not None or not self.params:
+        # On an error the sharded parameters are put back as they were.
+        self._stack.__exit__(*exc_info)
+        if self.modifier_rank is None or exc_info[0] is not None:
             return
         if dist.is_initialized() and dist.get_world_size() > 1:
-            for param in self.params:
+            for param in self._plain:
                 dist.broadcast(param.data, src=self.modifier_rank)
         for engine in engines_of(self.params):
-            engine.refresh_master_weights()
-
-
-class Init:
-    """``zero.Init``: transformers enters it around model construction at stage 3. See ``sharded_init.py``."""
-
-    def __init__(self, module: Any = None, *, config_dict_or_path: Any = None, enabled: bool = True, **_: Any) -> None:
-        self.enabled = enabled
-
-    def __enter__(self) -> Init:
-        from hf_zero_plugin.integration.comm import init_distributed
-
-        if self.enabled:
-            init_distributed()
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        return None
+            engine.refresh_master_weights(self.params)
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
@@ -118,7 +110,7 @@ def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[type | s
     wanted = tuple(cls if isinstance(cls, str) else cls.__name__ for cls in leaf_module_classes)
     found = [module for module in model.modules() if type(module).__name__ in wanted]
     for module in found:
-        module._zero_leaf_module = True  # type: ignore[assignment]
+        setattr(module, LEAF_MARK, True)
     return found
 
 
