@@ -34,7 +34,7 @@ BUCKET_NUMEL = 16 * 2**20
 """Elements per bucket unless reduce_bucket_size asks for less: readiness is per bucket, so the forward pass starts
 after one bucket, and a bucket's calls are few enough not to matter."""
 
-STREAM_PIECE_NUMEL = 6 * 2**20
+STREAM_PIECE_NUMEL = 8 * 2**20
 """Elements per piece that passes through the device: a slot takes (K + 1) * 4 bytes of device memory per element."""
 
 

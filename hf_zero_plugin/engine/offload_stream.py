@@ -2,8 +2,9 @@
 
 Each piece goes through one slot, in the order of one CUDA stream, and the slots' streams run side by side::
 
-    slot 0   upload piece 0 | update | download       | upload piece 2 | ...
-    slot 1                    upload piece 1 | update | download       | upload piece 3 | ...
+    slot 0   upload piece 0 | update | download        | upload piece 3 | ...
+    slot 1                    upload piece 1  | update | download       | ...
+    slot 2                                      upload piece 2 | update | ...
 
 PCIe carries both directions at once, so a parameter costs 12 bytes of one direction (Adam); on a x16 gen5 link that is
 faster than host cores can read and write the same 28 bytes, and it leaves the cores alone. Gradients never leave the
@@ -47,7 +48,7 @@ class _Slot:
 
 
 class StreamedHome(Home):
-    """See the module. ``num_slots`` pieces are in flight at a time; two keep both directions of the link busy.
+    """See the module. ``num_slots`` pieces are in flight at a time.
 
     ``deferred`` queues a step when its result is first needed. Ranks must queue collectives in the same order, and
     need is not the same on every rank, so it is for one rank only.
@@ -59,7 +60,7 @@ class StreamedHome(Home):
         pieces: Sequence[Piece],
         *,
         pin_memory: bool = True,
-        num_slots: int = 2,
+        num_slots: int = 3,
         deferred: bool = True,
     ) -> None:
         super().__init__(context, pieces)
