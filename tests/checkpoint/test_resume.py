@@ -295,6 +295,7 @@ def test_two_ranks_resume_as_one_in_any_stage_to_the_bit(saved: Saved) -> None:
         same_states(found, states[key])
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_as_three_in_any_stage_to_the_bit(saved: Saved) -> None:
     root, states, _ = saved
     for rank in run_ranks(_load_at, 3, str(root)):
