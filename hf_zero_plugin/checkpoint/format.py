@@ -178,7 +178,7 @@ class ShardReader:
 
     def is_whole(self, param: str, kind: str) -> bool:
         """The state was stored in its own shape, not in slices of the flattened parameter."""
-        places = self._places.get((param, kind))
+        places = self._places.get((param, kind), [])
         return bool(places) and places[0].end < 0
 
     def numel(self, param: str) -> int:

@@ -123,7 +123,9 @@ class ZeroOptimization(Section):
     offload_param: OffloadParam = section(OffloadParam, "Where the weights of stage 3 live between uses.")
 
     reduce_bucket_size: AutoPositive = applied(
-        500_000_000, "Elements of a gradient bucket, the unit that is reduced and stepped at once."
+        500_000_000,
+        "Elements of a bucket, the unit that is reduced, stepped and gathered at once: the least of this, "
+        "allgather_bucket_size, sub_group_size and 16,777,216, but at least 2,097,152.",
     )
     allgather_bucket_size: Count = applied(500_000_000, "Elements of new weights that are gathered at once.")
     sub_group_size: Positive = applied(1_000_000_000, "Elements of optimizer states that are stepped at once.")

@@ -34,6 +34,10 @@ BUCKET_NUMEL = 16 * 2**20
 """Elements per bucket unless reduce_bucket_size asks for less: readiness is per bucket, so the forward pass starts
 after one bucket, and a bucket's calls are few enough not to matter."""
 
+MIN_BUCKET_NUMEL = 2 * 2**20
+"""Smaller buckets than this are not made, whatever the configuration says ("auto" means hidden size squared, well below
+it): each costs a dozen calls a step, and saves 4 MB of buffer."""
+
 STREAM_PIECE_NUMEL = 8 * 2**20
 """Elements per piece that passes through the device: a slot takes (K + 1) * 4 bytes of device memory per element."""
 
@@ -150,7 +154,8 @@ def assemble(
     parts.optimizer = optimizer
     parts.params, specs = _specs(module, optimizer.param_groups, compute)
     place_rest(module, device, compute, skip={id(param) for param in parts.params})
-    numel = max(1, min(settings.reduce_bucket_size, BUCKET_NUMEL))
+    asked = min(settings.reduce_bucket_size, settings.allgather_bucket_size, settings.sub_group_size)
+    numel = min(BUCKET_NUMEL, max(asked, MIN_BUCKET_NUMEL))
     parts.layouts = plan_buckets(specs, bucket_numel=numel, num_shards=parts.sharding.num_shards)
     parts.weights = FlatWeights(parts.layouts, parts.params, device)
     if world_size > 1:

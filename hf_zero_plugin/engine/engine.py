@@ -376,8 +376,8 @@ class ZeroEngine(Timed, nn.Module):
 
 def trainable_groups(params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Torch-style param groups without frozen parameters and empty groups."""
-    raw = list(params)
-    groups = [dict(group) for group in raw] if raw and isinstance(raw[0], dict) else [{"params": raw}]
+    raw: list[Any] = list(params)
+    groups: list[dict[str, Any]] = [dict(group) for group in raw] if raw and isinstance(raw[0], dict) else [{"params": raw}]
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]
     return [group for group in groups if group["params"]]

@@ -125,7 +125,7 @@ class GradientStore:
         return [tensor for _, tensor in sorted(parts, key=lambda part: part[0])]
 
     def first_bad_parameter(self) -> tuple[int, str] | None:
-        """(index, name) of the first parameter whose gradient is inf or nan, in this rank's shards. Syncs the device."""
+        """(index, name) of the first parameter whose gradient is inf or nan, in this rank's shards. Syncs."""
         bad: list[tuple[int, str]] = []
         for layout in self.layouts:
             mine = self.sharding.shard_of(layout)

@@ -214,7 +214,13 @@ class TorchRule(UpdateRule):
 def _adam_defaults(params: Mapping[str, Any], *, decoupled_by_default: bool) -> tuple[dict[str, Any], bool]:
     decoupled = bool(params.get("adam_w_mode", decoupled_by_default))
     decay = 0.01 if params.get("torch_adam", False) and decoupled else 0.0
-    defaults = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay, "bias_correction": True}
+    defaults: dict[str, Any] = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": decay,
+        "bias_correction": True,
+    }
     defaults.update({key: value for key, value in params.items() if key in defaults})
     defaults["betas"] = tuple(defaults["betas"])
     return defaults, decoupled

@@ -110,6 +110,7 @@ def local_grad(param: nn.Parameter) -> Tensor | None:
     engine, layout, slot = found
     low, high = layout.shard_range(engine.parts.sharding.shard_of(layout))
     start, end = max(low, slot.start), min(high, slot.end)
+    assert engine.parts.grads is not None
     shard = engine.parts.grads.shard(layout.index)
     return shard[start - low : max(start, end) - low].float() / engine.loss_scale
 

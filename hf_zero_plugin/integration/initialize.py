@@ -125,7 +125,7 @@ def _decayed_and_not(model: nn.Module, params: list[nn.Parameter]) -> list[dict[
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     wanted = {id(param) for param in params}
     named = [(name, param) for name, param in model.named_parameters() if id(param) in wanted]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [param for name, param in named if name in decayed]},
         {"params": [param for name, param in named if name not in decayed], "weight_decay": 0.0},
     ]
@@ -133,7 +133,7 @@ def _decayed_and_not(model: nn.Module, params: list[nn.Parameter]) -> list[dict[
 
 
 def _loader(dataset: Any, settings: EngineSettings, collate_fn: Any) -> DataLoader:
-    sampler = DistributedSampler(dataset) if hasattr(dataset, "__len__") else None
+    sampler: DistributedSampler | None = DistributedSampler(dataset) if hasattr(dataset, "__len__") else None
     return DataLoader(
         dataset, batch_size=settings.train_micro_batch_size_per_gpu or 1, sampler=sampler, collate_fn=collate_fn
     )

@@ -55,7 +55,8 @@ def repair_transformers_deepspeed(module: ModuleType) -> None:
         known = holder is not None and getattr(holder, "config", None) is config_file_or_dict
         # The Trainer rebuilds its config from the filled dict when it searches for a batch size: start from what
         # the user wrote.
-        loaded = holder.zero_loaded if known and hasattr(holder, "zero_loaded") else load_config(config_file_or_dict)
+        loaded = getattr(holder, "zero_loaded", None) if known else None
+        loaded = loaded if loaded is not None else load_config(config_file_or_dict)
         make(self, dict_for_trainer(loaded))
         self.zero_loaded = loaded
         self.zero_resolved = None
@@ -166,7 +167,7 @@ def repair_trainer(module: ModuleType) -> None:
         return None, None
 
     cls.train = train_again
-    module.deepspeed_init = deepspeed_init
+    module.deepspeed_init = deepspeed_init  # type: ignore[attr-defined]
 
 
 def repair_accelerate_plugin(module: ModuleType) -> None:

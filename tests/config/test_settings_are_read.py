@@ -21,7 +21,6 @@ PENDING = {
     # Called applied in docs/config.md ahead of the engine. Take a name out once the engine reads it;
     # if it never will, give its key the verdict that is true.
     "activation_checkpointing",
-    "allgather_bucket_size",
     "cpu_checkpointing",
     "leaf_module_classes",
     "max_live_parameters",
@@ -29,7 +28,6 @@ PENDING = {
     "offload_param",
     "param_persistence_threshold",
     "prefetch_bucket_size",
-    "sub_group_size",
     "use_node_local_storage",
     "wall_clock_breakdown",
 }
