@@ -132,8 +132,9 @@ def assemble_sharded(
     if rule is not None:
         _wire(parts, settings, plan, flats[: len(plan.sharded)], home, rule, client if client_steps else None, group)
     fill = _Fill(parts, group, rank, world_size)
-    for name, (layout, slot, is_trained) in places.items():
-        fill(sources[name], flat_of[id(layout)], layout, slot, is_trained)
+    for item in parts.shards.params:  # in the model's order: ranks whose parts differ in size have other layouts
+        layout, slot, is_trained = places[item.name]
+        fill(sources[item.name], flat_of[id(layout)], layout, slot, is_trained)
     return parts
 
 
