@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["ConfigError", "HfZeroError", "ZeroEngine", "__version__", "activate", "initialize"]
+__all__ = ["ConfigError", "HfZeroError", "ZeroCallback", "ZeroEngine", "__version__", "activate", "initialize"]
 
 _HOMES = {
     "activate": "hf_zero_plugin.integration.activate",
     "ConfigError": "hf_zero_plugin.errors",
     "HfZeroError": "hf_zero_plugin.errors",
+    "ZeroCallback": "hf_zero_plugin.integration.callback",
     "ZeroEngine": "hf_zero_plugin.engine.engine",
     "initialize": "hf_zero_plugin.integration.initialize",
 }
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from hf_zero_plugin.engine.engine import ZeroEngine
     from hf_zero_plugin.errors import ConfigError, HfZeroError
     from hf_zero_plugin.integration.activate import activate
+    from hf_zero_plugin.integration.callback import ZeroCallback
     from hf_zero_plugin.integration.initialize import initialize
 
 

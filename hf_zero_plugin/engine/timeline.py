@@ -1,4 +1,4 @@
-"""A time-line of a step: forward, waiting for weights, backward, norm, update, host step, and the share that was hidden.
+"""A time-line of a step: forward, waiting for weights, backward, norm, update, host step, and what was hidden of it.
 
 Off, it costs one attribute look-up a phase. On, every phase is a pair of host times and, on a GPU, a pair of events on
 the stream that does the work. Events are read one step later, when they have passed: nothing ever waits for the device.
