@@ -71,7 +71,8 @@ def main() -> None:
         )
     print("\nMilliseconds: median (least-most) over the measured steps of all rounds.\n")
     print(
-        "| model | batch | plain GiB | ours GiB | DeepSpeed GiB | ours / plain | ours / DeepSpeed | cores busy: plain, ours, DeepSpeed |"
+        "| model | batch | plain GiB | ours GiB | DeepSpeed GiB | ours / plain | ours / DeepSpeed | "
+        "cores busy: plain, ours, DeepSpeed |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for (model, precision, batch), cell in sorted(cells.items()):
@@ -82,7 +83,8 @@ def main() -> None:
         print(
             f"| {model} {precision} | {batch} | {peak(cell, 'plain')} | {peak(cell, 'ours')} | "
             f"{peak(cell, 'deepspeed')} | "
-            f"{ratio(cell, 'ours', 'plain', 'peak_allocated')} | {ratio(cell, 'ours', 'deepspeed', 'peak_allocated')} | "
+            f"{ratio(cell, 'ours', 'plain', 'peak_allocated')} | "
+            f"{ratio(cell, 'ours', 'deepspeed', 'peak_allocated')} | "
             f"{', '.join(cores)} |"
         )
     print("\nPeak device memory allocated.\n")

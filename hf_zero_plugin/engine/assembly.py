@@ -355,7 +355,7 @@ def _split_by_ratio(pieces: list[Piece], context: Context, settings: EngineSetti
         budget = offload.gpu_memory_budget_bytes or 0
         keep = budget // (4 * (1 + len(context.rule.state_names)))
     else:
-        keep = int(round((1.0 - offload.ratio) * total))
+        keep = round((1.0 - offload.ratio) * total)
     num_kept = 0
     for piece in pieces:
         keep -= piece.numel

@@ -2,11 +2,11 @@
 
 One training step, world size 1, states offloaded and streamed through the device::
 
-    forward     modules wait for their own bucket, if its update is still on the way      readiness.py
-    backward    autograd adds gradients into flat buckets                                 gradients.py
-    step        norm, non-finite flag and clip coefficient on the device                  grad_norm.py
-                update of every piece is queued                                           master_weights.py, offload_*.py
-                one host read: norm and flag -> loss scale, schedule                      loss_scaler.py, schedules.py
+    forward     modules wait for their own bucket, if its update is on its way   readiness.py
+    backward    autograd adds gradients into flat buckets                        gradients.py
+    step        norm, non-finite flag and clip coefficient on the device         grad_norm.py
+                update of every piece is queued                                  master_weights.py, offload_*.py
+                one host read: norm and flag -> loss scale, schedule             loss_scaler.py, schedules.py
 
 ``sharding.py`` says what a ZeRO stage shards; ``buckets.py`` says where everything lies.
 """
@@ -377,7 +377,8 @@ class ZeroEngine(Timed, nn.Module):
 def trainable_groups(params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Torch-style param groups without frozen parameters and empty groups."""
     raw: list[Any] = list(params)
-    groups: list[dict[str, Any]] = [dict(group) for group in raw] if raw and isinstance(raw[0], dict) else [{"params": raw}]
+    as_groups = raw if raw and isinstance(raw[0], dict) else [{"params": raw}]
+    groups: list[dict[str, Any]] = [dict(group) for group in as_groups]
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]
     return [group for group in groups if group["params"]]
