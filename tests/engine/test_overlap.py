@@ -374,3 +374,19 @@ def test_copies_of_the_module_do_not_drag_the_engine_along(way: str) -> None:
     engine.destroy()
     train_twin = make_engine(twin_again)
     train(train_twin, 1)
+
+
+@pytest.mark.usefixtures("slow_worker")
+def test_backward_waits_until_the_last_gradients_were_consumed() -> None:
+    """Gradients that do not depend on weights, from a graph that calls no module: only backward itself can wait."""
+    results = []
+    for offload in ("host thread", "cpu"):
+        engine = make_engine(Deep(), offload=offload)
+        kept = list(engine.module.parameters())
+        for step in range(STEPS):
+            loss = torch.stack([p.sum() * (step + 1 - index) for index, p in enumerate(kept)]).sum()
+            engine.backward(loss)
+            engine.step()
+        results.append(weights(engine.module))
+        engine.destroy()
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
