@@ -8,6 +8,7 @@
      +-- ActivationError        (also RuntimeError)  activate() came too late, or the wrong engine was found
      +-- CheckpointError        (also RuntimeError)  a checkpoint is missing, incomplete or of another model
      +-- LossScaleError         (also RuntimeError)  fp16 gradients overflow at the smallest loss scale
+     +-- CollectiveError        (also RuntimeError)  ranks did not meet in a collective, or one of them has ended
      +-- UnsupportedFeature     (also NotImplementedError)  a DeepSpeed feature that this engine does not have
 
 Every message says what is wrong, where (file and ``$.json.path`` if there is one), why, and how to fix it.
@@ -19,6 +20,7 @@ from __future__ import annotations
 __all__ = [
     "ActivationError",
     "CheckpointError",
+    "CollectiveError",
     "ConfigError",
     "HfZeroError",
     "LaunchError",
@@ -49,6 +51,10 @@ class CheckpointError(HfZeroError, RuntimeError):
 
 class LossScaleError(HfZeroError, RuntimeError):
     """fp16 gradients still overflow at the smallest allowed loss scale."""
+
+
+class CollectiveError(HfZeroError, RuntimeError):
+    """Ranks did not meet in a collective, or one of them has ended."""
 
 
 class UnsupportedFeature(HfZeroError, NotImplementedError):

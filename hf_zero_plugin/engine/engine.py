@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_zero_plugin.config.settings import EngineSettings
+from hf_zero_plugin.engine.activation_offload import ActivationOffload
 from hf_zero_plugin.engine.assembly import Assembly, assemble
 from hf_zero_plugin.engine.checkpointing import load_engine, save_engine
 from hf_zero_plugin.engine.grad_norm import grad_stats
@@ -33,6 +35,7 @@ from hf_zero_plugin.engine.schedules import build_scheduler
 from hf_zero_plugin.engine.sharded_assembly import assemble_sharded
 from hf_zero_plugin.engine.sharding import sharding_for
 from hf_zero_plugin.engine.timeline import Timed, describe_memory
+from hf_zero_plugin.engine.watchdog import Watchdog, watched
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
 
 __all__ = ["ZeroEngine"]
@@ -74,6 +77,9 @@ class ZeroEngine(Timed, nn.Module):
         self.world_size = dist.get_world_size(group) if dist.is_initialized() else 1
         self.global_rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.scaler = LossScaler(settings.loss_scale) if settings.loss_scale is not None else None
+        self.global_steps = 0
+        """Boundaries reached, skipped steps included."""
+        self.watchdog = Watchdog(self.global_rank, self.world_size, _steps_of(self))
         shards_params = sharding_for(settings.stage, rank=0, world_size=1).shards_params
         build = assemble_sharded if shards_params else assemble
         self.parts: Assembly = build(
@@ -84,8 +90,10 @@ class ZeroEngine(Timed, nn.Module):
             self.optimizer.engine = self
         self.lr_scheduler = self._make_scheduler(lr_scheduler)
 
-        self.global_steps = 0
-        """Boundaries reached, skipped steps included."""
+        if self.parts.shards is not None:
+            self.parts.shards.watchdog = self.watchdog
+        offloads_activations = settings.activation_checkpointing.cpu_checkpointing
+        self._activations = ActivationOffload(module, device) if offloads_activations else None
         self.skipped_steps = 0
         self.micro_steps = 0
         self._forced_boundary: bool | None = None
@@ -105,6 +113,7 @@ class ZeroEngine(Timed, nn.Module):
 
     # ---------------------------------------------------------------- forward and backward
 
+    @watched("forward")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own output, untouched."""
         if self.settings.autocast is None:
@@ -128,6 +137,7 @@ class ZeroEngine(Timed, nn.Module):
             return self._forced_boundary
         return (self.micro_steps + 1) % self.settings.gradient_accumulation_steps == 0
 
+    @watched("backward")
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Compute gradients of ``loss`` (0-dim) and reduce them if this is the last micro-step.
 
@@ -161,6 +171,7 @@ class ZeroEngine(Timed, nn.Module):
 
     # ---------------------------------------------------------------- step
 
+    @watched("optimizer step")
     def step(self) -> None:
         """At a boundary: clip, update, advance the schedule, clear gradients. Otherwise count the micro-step."""
         boundary = self.is_gradient_accumulation_boundary()
@@ -277,6 +288,7 @@ class ZeroEngine(Timed, nn.Module):
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
         return self.settings.stage3.gather_16bit_weights_on_model_save
 
+    @watched("gathering weights to save them")
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
         """All weights on the host of rank 0; an empty dict elsewhere. Collective at stage 3."""
         self.synchronize()
@@ -304,6 +316,7 @@ class ZeroEngine(Timed, nn.Module):
 
     # ---------------------------------------------------------------- checkpoints and the end
 
+    @watched("save_checkpoint")
     def save_checkpoint(
         self,
         save_dir: str,
@@ -315,6 +328,7 @@ class ZeroEngine(Timed, nn.Module):
         """Write ``save_dir/global_stepN``; every rank must call. Resumes at any number of ranks."""
         return save_engine(self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
 
+    @watched("load_checkpoint")
     def load_checkpoint(
         self,
         load_dir: str,
@@ -356,6 +370,8 @@ class ZeroEngine(Timed, nn.Module):
             self._destroyed = True
             self._end_watching()
             unregister(self)
+            if self._activations is not None:
+                self._activations.close()
             self.parts.close()
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -372,6 +388,16 @@ class ZeroEngine(Timed, nn.Module):
             if name == "module":
                 raise
             return getattr(self.module, name)
+
+
+def _steps_of(engine: ZeroEngine) -> Callable[[], int]:
+    reference = weakref.ref(engine)
+
+    def steps() -> int:
+        mine = reference()
+        return mine.global_steps if mine is not None else 0
+
+    return steps
 
 
 def trainable_groups(params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from hf_zero_plugin.engine.collectives import all_gather_flat
 from hf_zero_plugin.engine.fsdp import ShardedParam, fsdp_modules, groups_of, reshard_all, sharded_params
 from hf_zero_plugin.engine.master_weights import MasterWeights
+from hf_zero_plugin.engine.watchdog import Watchdog
 
 __all__ = ["Shards", "Span", "living_shards", "span_of", "watch_evaluation"]
 
@@ -70,6 +71,7 @@ class Shards:
         self._shapes = {id(item.handle): item.param.shape for item in self.params}
         self._indices = {id(item.handle): index for index, item in enumerate(self.params)}
         self._guarded: list[Any] = []
+        self.watchdog: Watchdog | None = None
         self.number = next(_numbers)
         """Engines are made in the same order on every rank."""
         for index, item in enumerate(self.params):
@@ -163,9 +165,8 @@ class Shards:
         for module in fsdp_modules(self.model):
             for group in groups_of(module):
                 buckets = sorted({buckets_of[id(h)] for h in group.fsdp_params if id(h) in buckets_of})
-                if buckets:
-                    _guard_unshard(group, masters, buckets, self.world_size == 1)
-                    self._guarded.append(group)
+                _guard_unshard(group, masters, buckets, self)
+                self._guarded.append(group)
 
     def close(self) -> None:
         self.reshard()
@@ -211,16 +212,23 @@ def watch_evaluation(model: nn.Module) -> None:
         model._zero_evaluation = _Evaluation(model)  # type: ignore[assignment]
 
 
-def _guard_unshard(group: Any, masters: MasterWeights, buckets: Iterable[int], is_alone: bool) -> None:
+def _guard_unshard(group: Any, masters: MasterWeights, buckets: Iterable[int], shards: Shards) -> None:
     """Shadow ``group.unshard``: every gather, of forward, backward or prefetching, goes through it."""
-    original = type(group).unshard
+    original, is_alone = type(group).unshard, shards.world_size == 1
+    reference = weakref.ref(shards)
 
     def unshard(async_op: bool = False) -> Any:
         if masters.any_pending:
             with _reading_stream(group, async_op, is_alone):
                 for bucket in buckets:
                     masters.wait(bucket)
-        return original(group, async_op)
+        mine = reference()
+        if mine is None or mine.watchdog is None:
+            return original(group, async_op)
+        unit = group._module_fqn or "the root"
+        mine.watchdog.last_gathered = unit
+        with mine.watchdog.during(f"gathering {unit}"):
+            return original(group, async_op)
 
     group.unshard = unshard
 

@@ -28,6 +28,8 @@ from torch.distributed import (
     scatter,
 )
 
+from hf_zero_plugin.engine.watchdog import asked_timeout
+
 __all__ = [
     "all_gather",
     "all_gather_into_tensor",
@@ -80,11 +82,15 @@ def init_distributed(
     timeout: timedelta | None = None,
     **ignored: Any,
 ) -> None:
-    """Make the default process group if there is none; ``dist_backend`` None picks NCCL with a GPU, else gloo."""
+    """Make the default process group if there is none; ``dist_backend`` None picks NCCL with a GPU, else gloo.
+
+    The environment's HF_ZERO_COLLECTIVE_TIMEOUT (seconds) goes before ``timeout``.
+    """
     if dist.is_initialized():
         return
     describe_single_process()
     backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    timeout = asked_timeout() or timeout
     options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
     if backend == "nccl":
         torch.cuda.set_device(get_local_rank())
