@@ -171,6 +171,7 @@ def shard_units(
         for module in fsdp_modules(model):
             module.set_reduce_scatter_unused_params(True)  # type: ignore[attr-defined]
 
+
 def settle_root(model: nn.Module) -> None:
     """Make ``model`` the root now: by default the first module that runs becomes it, and a submodule may well be."""
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator]

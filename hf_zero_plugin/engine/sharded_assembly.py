@@ -97,7 +97,7 @@ def assemble_sharded(
     if param_groups is not None:
         rule, parts.optimizer, client_steps = assembly.choose_optimizer(settings, param_groups, client)
     groups = parts.optimizer.param_groups if parts.optimizer is not None else []
-
+    _name_sharded(groups, module)
     cut = _names_to_cut(module, settings.stage3.param_persistence_threshold)
     plan = _plan(module, groups, cut, compute, parts, settings)
     originals = {name: param for name, param in module.named_parameters() if name in cut}
@@ -207,6 +207,16 @@ def _plan(
 
 
 # -------------------------------------------------------------------- the model's tensors
+
+
+def _name_sharded(groups: Sequence[dict[str, Any]], module: nn.Module) -> None:
+    """Groups may name parameters as they were before sharding, or while they were gathered."""
+    shards: Shards | None = getattr(module, "_zero_shards", None)
+    if shards is None:
+        return
+    for group in groups:
+        found = [(shards.find(param), param) for param in group["params"]]
+        group["params"] = [param if item is None else item.param for item, param in found]
 
 
 def _replace_params(module: nn.Module, fresh: dict[int, nn.Parameter]) -> None:

@@ -20,14 +20,7 @@ NOT_READ = {
 PENDING = {
     # Called applied in docs/config.md ahead of the engine. Take a name out once the engine reads it;
     # if it never will, give its key the verdict that is true.
-    "activation_checkpointing",
-    "cpu_checkpointing",
-    "leaf_module_classes",
-    "max_live_parameters",
     "memory_breakdown",
-    "offload_param",
-    "param_persistence_threshold",
-    "prefetch_bucket_size",
     "use_node_local_storage",
     "wall_clock_breakdown",
 }

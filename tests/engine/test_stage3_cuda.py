@@ -1,0 +1,197 @@
+"""Stage 3 on a GPU: offloaded weights and states change nothing, waits are where they must be, memory is bounded.
+
+Layers are wide and batches thin, so that gathers overtake updates by far: one missing wait and the weights differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hf_zero_plugin.engine import assembly, sharded_assembly
+from hf_zero_plugin.engine.engine import ZeroEngine
+from hf_zero_plugin.integration.zero_api import GatheredParameters
+
+from .stage3 import engine_for
+
+pytestmark = pytest.mark.gpu
+
+WIDTH, DEPTH = 1024, 10
+PLACES: dict[str, dict[str, Any]] = {
+    "all on the device": {},
+    "states streamed": {"states_on": "cpu"},
+    "states on host threads": {"states_on": "cpu", "offload": {"step_on": "host"}},
+    "weights offloaded": {"params_on": "cpu"},
+    "both offloaded": {"params_on": "cpu", "states_on": "cpu"},
+}
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self._gradient_checkpointing_func: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._gradient_checkpointing_func is not None and self.training:
+            return self._gradient_checkpointing_func(self._forward, x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(self.norm(x)))
+
+
+class Wide(nn.Module):
+    """The first and the last layer share their weight."""
+
+    def __init__(self, *, checkpointed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.layers = nn.ModuleList(Layer() for _ in range(DEPTH))
+        self.last = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.last.weight = self.first.weight
+        if checkpointed:
+            for layer in self.layers:
+                layer._gradient_checkpointing_func = lambda *args: checkpoint(*args, use_reentrant=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+def _engine(precision: str = "bf16", *, whole: int = 4096, checkpointed: bool = False, **options: Any) -> ZeroEngine:
+    model = Wide(checkpointed=checkpointed)
+    return engine_for(model, precision=precision, whole=whole, device="cuda", **options)
+
+
+def _train(engine: ZeroEngine, steps: int = 8, rows: int = 2) -> list[float]:
+    dtype = engine.parts.params[-1].dtype
+    losses = []
+    for step in range(steps):
+        x = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(step)).to("cuda", dtype)
+        loss = engine(x).float().square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    engine.synchronize()
+    return losses
+
+
+def _weights(engine: ZeroEngine) -> dict[str, Tensor]:
+    return engine._zero3_consolidated_16bit_state_dict()
+
+
+@pytest.fixture(autouse=True)
+def tiny_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "BUCKET_NUMEL", 2 * WIDTH * WIDTH)
+    monkeypatch.setattr(sharded_assembly, "BUCKET_NUMEL", 2 * WIDTH * WIDTH)
+    monkeypatch.setattr(assembly, "STREAM_PIECE_NUMEL", WIDTH * WIDTH // 2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("place", PLACES)
+def test_equals_stage_2(place: str, precision: str) -> None:
+    """Updates on the device to the last bits; host kernels round otherwise."""
+    wanted, found = _engine(precision, stage=2), _engine(precision, **PLACES[place])
+    losses = _train(wanted)
+    assert _train(found) == pytest.approx(losses, rel=2e-2 if precision != "fp32" else 1e-4)
+    for name, tensor in _weights(wanted).items():
+        difference = (tensor.float() - _weights(found)[name].float()).abs().mean()
+        assert difference < (1e-5 if precision == "fp32" else 2e-3), name
+    found.destroy()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_overlapped_equals_a_barrier_after_every_step(place: str) -> None:
+    """To the bit: the same kernels in the same order, with and without waiting in between."""
+    free, barred = _engine(**PLACES[place]), _engine(**PLACES[place])
+    step = barred.step
+
+    def step_and_wait() -> None:
+        step()
+        barred.synchronize()
+        torch.cuda.synchronize()
+
+    barred.step = step_and_wait  # type: ignore[method-assign]
+    assert _train(free) == _train(barred)
+    ours, theirs = _weights(free), _weights(barred)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_weights_read_right_after_a_step_are_new(place: str) -> None:
+    engine = _engine(**PLACES[place])
+    for step in range(3):
+        x = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(step)).to("cuda", torch.bfloat16)
+        engine.backward(engine(x).float().square().mean())
+        engine.step()
+        weight = engine.module.layers[3].linear.weight
+        with GatheredParameters(weight):
+            seen = weight.data.clone()
+        engine.synchronize()
+        torch.cuda.synchronize()
+        with GatheredParameters(weight):
+            assert torch.equal(weight.data, seen)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_accumulation_in_fp32_over_bf16_micro_steps(place: str) -> None:
+    wanted, found = _engine(stage=2, micros=3), _engine(micros=3, **PLACES[place])
+    assert _train(found, 9) == pytest.approx(_train(wanted, 9), rel=2e-2)
+    assert found.global_steps == 3
+    found.destroy()
+
+
+def test_checkpoint_moves_between_places(tmp_path: Any) -> None:
+    first = _engine(params_on="cpu", states_on="cpu")
+    _train(first, 4)
+    first.save_checkpoint(str(tmp_path))
+    wanted = _train(first, 3)
+    for place in PLACES.values():
+        second = _engine(**place)
+        second.load_checkpoint(str(tmp_path))
+        assert _train(second, 3) == pytest.approx(wanted, rel=1e-2)
+        second.destroy()
+
+
+def test_offloaded_weights_leave_the_device() -> None:
+    """Between steps nothing of the layers is on the device; while training, a few layers at a time."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    engine = _engine(params_on="cpu", states_on="cpu", stage3={"max_live_parameters": 0, "prefetch_bucket_size": 0})
+    _train(engine, 2)
+    torch.cuda.synchronize()
+    num = sum(layout.padded_numel for layout in engine.parts.layouts)
+    assert torch.cuda.memory_allocated() - before < 2 * num // 4
+    torch.cuda.reset_peak_memory_stats()
+    _train(engine, 2)
+    one = 2 * WIDTH * (WIDTH + 1)
+    assert torch.cuda.max_memory_allocated() - before < 9 * one + 16 * 2**20
+    engine.destroy()
+
+
+def test_checkpointed_inputs_rest_on_the_host() -> None:
+    wanted = _engine(checkpointed=True)
+    found = _engine(checkpointed=True, cpu_checkpointing=True)
+    assert _train(found, 4, rows=4096) == _train(wanted, 4, rows=4096)
+    assert found._activations is not None
+    assert found._activations.num_packed > 0
+    peaks = []
+    for engine in (wanted, found):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        _train(engine, 2, rows=16384)
+        peaks.append(torch.cuda.max_memory_allocated() - base)
+    one_input = 16384 * WIDTH * 2
+    assert peaks[1] < peaks[0] - (DEPTH - 4) * one_input
+    found.destroy()

@@ -1,0 +1,119 @@
+"""The Trainer at stage 3, one process and two: training, evaluation, generation, checkpoints, saving, LoRA.
+
+One run of ``stage3_scenes`` per number of ranks; the tests compare its scenes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .test_trainer import environment
+
+pytestmark = pytest.mark.slow
+
+SAME = [
+    "sharded",
+    "offloaded",
+    "checkpointed layers",
+    "trained twice",
+    "resumed",
+    "resumed from stage 0",
+    "resumed at stage 0",
+    "loaded",
+]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+Results = tuple[Path, dict[str, Any]]
+
+
+def _play(out: Path, other: str, repo: Path, *launcher: str) -> Results:
+    command = [sys.executable, *launcher, "-m", "tests.integration.stage3_scenes", str(out), other]
+    env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return out, json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, repo_dir: Path) -> Results:
+    return _play(tmp_path_factory.mktemp("one"), "-", repo_dir)
+
+
+@pytest.fixture(scope="module")
+def two(one: Results, tmp_path_factory: pytest.TempPathFactory, repo_dir: Path) -> Results:
+    return _play(tmp_path_factory.mktemp("two"), str(one[0]), repo_dir, *TORCHRUN)
+
+
+def _weights(results: Results, scene: str) -> dict[str, torch.Tensor]:
+    return load_file(results[0] / scene / "model.safetensors")
+
+
+def _assert_same_weights(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], atol: float = 2e-6) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("scene", SAME)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_equals_stage_0(scene: str, ranks: int, one: Results, two: Results) -> None:
+    """save_model's file, and what evaluation and generation of the trained model give."""
+    results = one if ranks == 1 else two
+    _assert_same_weights(_weights(results, scene), _weights(one, "stage 0"))
+    found, wanted = results[1][scene], results[1]["stage 0"]
+    assert found["after"] == pytest.approx(wanted["after"], abs=1e-5)
+    assert found["generated"] == wanted["generated"]
+    if scene != "loaded":
+        assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-5) or "resumed" in scene
+
+
+def test_two_ranks_generate_rows_of_uneven_lengths_as_one_does(one: Results, two: Results) -> None:
+    rows = one[1]["sharded"]["generated"]
+    lengths = {len([token for token in row if token]) for row in rows}
+    assert len(lengths) > 2
+    assert two[1]["sharded"]["generated"][: len(rows)] == rows
+
+
+def test_resumes_what_another_number_of_ranks_saved(one: Results, two: Results) -> None:
+    _assert_same_weights(_weights(two, "resumed from other ranks"), _weights(one, "stage 0"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluates_before_training_and_after_loading(ranks: int, one: Results, two: Results) -> None:
+    results = (one if ranks == 1 else two)[1]
+    assert results["sharded"]["before"] == pytest.approx(results["stage 0"]["before"], abs=1e-5)
+    assert results["loaded"]["before"] == pytest.approx(results["sharded"]["after"], abs=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accumulation_equals_stage_0(ranks: int, one: Results, two: Results) -> None:
+    results = one if ranks == 1 else two
+    _assert_same_weights(_weights(results, "accumulated"), _weights(results, "accumulated at stage 0"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_trains_a_second_time(ranks: int, one: Results, two: Results) -> None:
+    results = (one if ranks == 1 else two)[1]
+    assert results["trained twice"]["again"] < sum(results["stage 0"]["loss"]) / 4
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("scene", ["lora", "lora offloaded"])
+def test_lora_equals_stage_2_and_saves_adapters_only(scene: str, ranks: int, one: Results, two: Results) -> None:
+    out, results = one if ranks == 1 else two
+    found, wanted = results[scene], results["lora at stage 2"]
+    assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+    assert "adapter_model.safetensors" in found["files"]
+    assert "model.safetensors" not in found["files"]
+    adapters = load_file(out / scene / "adapter_model.safetensors")
+    # Adam makes much of the last bits of gradients that are almost zero.
+    _assert_same_weights(adapters, load_file(one[0] / "lora at stage 2" / "adapter_model.safetensors"), 2e-5)
+    num_bytes = sum(tensor.numel() for tensor in adapters.values()) * 8
+    assert found["states"] <= 2 * num_bytes  # padding of tiny tensors
