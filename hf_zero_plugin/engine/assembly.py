@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
 from hf_zero_plugin.errors import ConfigError, UnsupportedFeature
 
 __all__ = ["Assembly", "assemble"]
+
+logger = logging.getLogger("hf_zero_plugin")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -177,6 +180,12 @@ def choose_optimizer(
         groups = [{**rule.defaults, **group} for group in param_groups]
         return rule, ZeroOptimizer(groups, rule.defaults), False
     found = rule_for(client)
+    if found is not None and client.state:
+        logger.warning(
+            "optimizer %s has taken steps already; its states start afresh here. Make the optimizer new, or load a "
+            "checkpoint of this engine.",
+            type(client).__name__,
+        )
     optimizer = ZeroOptimizer(
         [{**group, "params": list(group["params"])} for group in client.param_groups], client.defaults, client=client
     )
@@ -238,7 +247,8 @@ def _wire(
     """Adopt the weights bucket by bucket and connect gradients, masters and doors."""
     sharding, weights = parts.sharding, parts.weights
     assert weights is not None and parts.optimizer is not None
-    exact_values = adopt_weights(weights, parts.layouts, sharding, group)
+    for layout in parts.layouts:
+        weights.allocate(layout, layout.dtype)  # type: ignore[arg-type]
     parts.grads = make_grads(parts, settings, group)
     context = Context(
         rule=rule,
@@ -257,31 +267,44 @@ def _wire(
     else:
         parts.gather_group = group
 
-    parts.masters.reset_from(exact_values)
+    # Bucket by bucket: the fp32 values of no more than one bucket are on the device on their way to the host.
+    pieces_of: dict[int, list[tuple[Home, int, Piece]]] = {}
+    for home, index, piece in parts.masters.pieces():
+        pieces_of.setdefault(piece.bucket, []).append((home, index, piece))
+    for layout in parts.layouts:
+        exact = adopt_bucket(weights, layout, sharding, group)
+        for home, index, piece in pieces_of.get(layout.index, ()):
+            home.set_master(index, exact(piece))
     parts.doors = Doors(parts.module, parts.layouts, parts.params)
     parts.doors.guard(parts.masters)
+
+
+def adopt_bucket(
+    weights: FlatWeights, layout: BucketLayout, sharding: Sharding, group: dist.ProcessGroup | None
+) -> Callable[[Piece], Tensor]:
+    """Move a bucket's parameters into its buffer, rank 0's values on every rank; return fp32 values by piece."""
+    flat = weights.flats[layout.index]
+    values = weights.adopt(layout)
+    if sharding.world_size > 1:
+        dist.broadcast(values, src=source_rank(group), group=group)
+        if flat is not values:
+            flat.copy_(values)
+    low, high = layout.shard_range(sharding.shard)
+    first = 0
+    if high - low < layout.padded_numel and values is not flat:
+        first, values = low, values[low:high].clone()  # a view would keep the other ranks' shards in memory
+    return lambda piece: values[piece.start - first : piece.end - first]
 
 
 def adopt_weights(
     weights: FlatWeights, layouts: Sequence[BucketLayout], sharding: Sharding, group: dist.ProcessGroup | None
 ) -> Callable[[Piece], Tensor]:
-    """Move parameters into flat buckets, rank 0's values on every rank; return their exact fp32 values by piece."""
-    exact: dict[int, tuple[int, Tensor]] = {}
+    """``adopt_bucket`` for all of ``layouts`` at once; buffers are made here."""
+    exact = {}
     for layout in layouts:
-        values = weights.adopt_bucket(layout, layout.dtype)  # type: ignore[arg-type]
-        if sharding.world_size > 1:
-            dist.broadcast(values, src=source_rank(group), group=group)
-            if weights.flats[-1] is not values:
-                weights.flats[-1].copy_(values)
-        low, high = layout.shard_range(sharding.shard)
-        is_whole = high - low == layout.padded_numel or values is weights.flats[-1]
-        exact[layout.index] = (0, values) if is_whole else (low, values[low:high].clone())
-
-    def exact_values(piece: Piece) -> Tensor:
-        first, values = exact[piece.bucket]
-        return values[piece.start - first : piece.end - first]
-
-    return exact_values
+        weights.allocate(layout, layout.dtype)  # type: ignore[arg-type]
+        exact[layout.index] = adopt_bucket(weights, layout, sharding, group)
+    return lambda piece: exact[piece.bucket](piece)
 
 
 def make_grads(parts: Assembly, settings: EngineSettings, group: dist.ProcessGroup | None) -> GradientStore:

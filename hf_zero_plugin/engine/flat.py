@@ -31,21 +31,27 @@ class FlatWeights:
         self.device = device
         self.flats: list[Tensor] = []
 
+    def allocate(self, layout: BucketLayout, dtype: torch.dtype) -> Tensor:
+        """Make the next bucket's buffer, shape (P,), zeroed; no parameter points into it yet."""
+        assert layout.index == len(self.flats), "buckets are made in order"
+        self.flats.append(torch.zeros(layout.padded_numel, dtype=dtype, device=self.device))
+        return self.flats[-1]
+
     @torch.no_grad()
-    def adopt_bucket(self, layout: BucketLayout, dtype: torch.dtype) -> Tensor:
-        """Move the bucket's parameters into a new flat buffer; return their fp32 values, shape (P,), on the device.
+    def adopt(self, layout: BucketLayout) -> Tensor:
+        """Move the bucket's parameters into its buffer; return their fp32 values, shape (P,), on the device.
 
         The fp32 values are taken from the parameters as they came, before any narrowing, so that master weights
-        start from all the precision that the model was loaded with.
+        start from all the precision that the model was loaded with. An fp32 buffer is returned itself.
         """
-        exact = torch.zeros(layout.padded_numel, dtype=torch.float32, device=self.device)
+        flat = self.flats[layout.index]
+        exact = flat if flat.dtype == torch.float32 else torch.zeros_like(flat, dtype=torch.float32)
         for slot in layout.slots:
             view_of(exact, slot).copy_(self.params[slot.spec.index])
-        flat = exact if dtype == torch.float32 else exact.to(dtype)
+        if exact is not flat:
+            flat.copy_(exact)
         for slot in layout.slots:
             self.params[slot.spec.index].data = view_of(flat, slot)
-        assert layout.index == len(self.flats), "buckets are adopted in order"
-        self.flats.append(flat)
         return exact
 
     @property

@@ -193,7 +193,7 @@ class ResidentGrads(GradientStore):
         self._views = [view_of(self._flats[layout.index], slot) for layout, slot in self._ordered_slots()]
         self._reducing: list[tuple[BucketLayout, Tensor, Any]] = []
         self._norm_views: list[Tensor] | None = None
-        self._point_grads()
+        # Parameters take their views with the first backward pass: here they may not have their final type yet.
         # One rank has nothing to launch: the buffers fill themselves and no hook has to run.
         if sharding_needs_hooks(self.sharding):
             self.attach()
@@ -201,15 +201,10 @@ class ResidentGrads(GradientStore):
     def _ordered_slots(self) -> list[tuple[BucketLayout, Any]]:
         return [self._slot_of[index] for index in range(len(self.params))]
 
-    def _point_grads(self) -> None:
-        for param, view in zip(self.params, self._views):
-            if param.grad is not view:
-                param.grad = view
-
     def begin_backward(self, *, boundary: bool) -> None:
         super().begin_backward(boundary=boundary)
         for index, (param, view) in enumerate(zip(self.params, self._views)):
-            if param.grad is not view:  # somebody called zero_grad: what was summed so far is forgotten
+            if param.grad is not view:  # the first pass, or somebody called zero_grad: what was summed is forgotten
                 view.zero_()
                 param.grad = view
                 if self._sums is not None:

@@ -242,12 +242,6 @@ class MasterWeights:
                 yield home, index, piece
 
     @torch.no_grad()
-    def reset_from(self, exact: Callable[[Piece], Tensor]) -> None:
-        """Take new fp32 masters, piece by piece; states start afresh."""
-        for home, index, piece in self.pieces():
-            home.set_master(index, exact(piece))
-
-    @torch.no_grad()
     def refresh_from_weights(self, buckets: set[int] | None = None) -> None:
         """Somebody changed the weights (of ``buckets``, or all): take them as the new masters, keep the states."""
         self.synchronize()

@@ -149,7 +149,8 @@ def test_flat_weights_keep_identity_shape_and_value(dtype: torch.dtype) -> None:
     layouts = plan_buckets(specs, bucket_numel=30, num_shards=2)
     weights = FlatWeights(layouts, params, torch.device("cpu"))
     for layout in layouts:
-        exact = weights.adopt_bucket(layout, dtype)
+        weights.allocate(layout, dtype)
+        exact = weights.adopt(layout)
         assert exact.dtype == torch.float32
         assert (exact is weights.flats[-1]) == (dtype == torch.float32)
         for slot in layout.slots:
