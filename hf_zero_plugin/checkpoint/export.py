@@ -85,7 +85,9 @@ def export(checkpoint: Path, output: Path, *, tag: str | None = None, dtype: str
     reader = ShardReader(directory)
     output.mkdir(parents=True, exist_ok=True)
     wanted = _DTYPES[dtype]
-    cast = ((n, t.to(wanted) if t.is_floating_point() else t) for n, t in _weights(reader, directory / MODULE_FILE, shapes))
+    cast = (
+        (n, t.to(wanted) if t.is_floating_point() else t) for n, t in _weights(reader, directory / MODULE_FILE, shapes)
+    )
     temporary: list[tuple[Path, list[str], int]] = []
     for number, batch in enumerate(_in_files(cast, MAX_FILE_BYTES), start=1):
         path = output / f"model-{number:05d}.tmp"
