@@ -44,7 +44,7 @@ logger = logging.getLogger("hf_zero_plugin")
 
 
 class ZeroEngine(Timed, nn.Module):
-    """Trains ``module`` under ZeRO stages 0 to 2, with or without offloaded optimizer states.
+    """Trains ``module`` under ZeRO stages 0 to 3, with or without offloaded optimizer states and weights.
 
     Args:
         module: any model; it is moved to ``device`` and its trainable weights become views of flat buckets.
@@ -286,7 +286,13 @@ class ZeroEngine(Timed, nn.Module):
         return self.parts.sharding.shards_grads
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        return self.settings.stage3.gather_16bit_weights_on_model_save
+        gathers = self.settings.stage3.gather_16bit_weights_on_model_save
+        if not gathers and self.parts.shards is not None and self.global_rank == 0:
+            logger.warning(
+                "weights are not saved: $.zero_optimization.stage3_gather_16bit_weights_on_model_save is false. "
+                "Set it to true, or make safetensors from a checkpoint: hf-zero export CHECKPOINT_DIR OUTPUT_DIR"
+            )
+        return gathers
 
     @watched("gathering weights to save them")
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:

@@ -64,11 +64,6 @@ class ShardedParam(NamedTuple):
         return self.handle.sharded_param
 
     @property
-    def local(self) -> Tensor:
-        """This rank's rows, without padding."""
-        return self.param.data.to_local()  # type: ignore[attr-defined]
-
-    @property
     def padded(self) -> Tensor:
         """This rank's rows, flat, padded to the size of rank 0's."""
         return self.handle._sharded_param_data

@@ -48,9 +48,16 @@ from hf_zero_plugin.engine.gradients import ReduceOptions, ResidentGrads
 from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home, MasterWeights
 from hf_zero_plugin.engine.offload_host import HostHome
 from hf_zero_plugin.engine.optimizers import UpdateRule
-from hf_zero_plugin.engine.pinned import PinnedArena
 from hf_zero_plugin.engine.readiness import Doors
 from hf_zero_plugin.engine.sharded_grads import ShardedGrads, Stage3Grads
+from hf_zero_plugin.engine.sharded_values import (
+    Fill,
+    make_real,
+    make_storage,
+    name_sharded,
+    place_the_rest,
+    swap_for_meta,
+)
 from hf_zero_plugin.engine.sharding import sharding_for
 from hf_zero_plugin.engine.shards import Shards, span_of, watch_evaluation
 from hf_zero_plugin.errors import ConfigError
@@ -97,16 +104,16 @@ def assemble_sharded(
     if param_groups is not None:
         rule, parts.optimizer, client_steps = assembly.choose_optimizer(settings, param_groups, client)
     groups = parts.optimizer.param_groups if parts.optimizer is not None else []
-    _name_sharded(groups, module)
+    name_sharded(groups, module)
     cut = _names_to_cut(module, settings.stage3.param_persistence_threshold)
     plan = _plan(module, groups, cut, compute, parts, settings)
     originals = {name: param for name, param in module.named_parameters() if name in cut}
-    replaced = _make_real(module, cut)
+    replaced = make_real(module, cut)
     trained_whole = {name for layout in plan.whole for name in (slot.spec.name for slot in layout.slots)}
-    _place_the_rest(module, device, compute, cut | trained_whole, group)
+    place_the_rest(module, device, compute, cut | trained_whole, group)
     if not is_sharded(module):
         units = find_units(module, settings.stage3.leaf_module_classes)
-        _swap_for_meta(module, originals, compute)
+        swap_for_meta(module, originals, compute)
         whole = {param for name, param in module.named_parameters() if name not in cut}
         wire = settings.communication_dtype
         shard_units(module, units, whole, settings, mesh, DTYPES[wire] if wire is not None else None)
@@ -116,7 +123,7 @@ def assemble_sharded(
         sources = {item.name: item.padded for item in sharded_params(module)}
 
     home = torch.device("cpu") if settings.offload_param.device == "cpu" else device
-    flats = _storage(module, [*plan.sharded, *plan.frozen], home, settings)
+    flats = make_storage(module, [*plan.sharded, *plan.frozen], home, settings)
     flat_of = dict(zip([id(layout) for layout in [*plan.sharded, *plan.frozen]], flats))
     places = plan.places
     for item in sharded_params(module):
@@ -131,7 +138,7 @@ def assemble_sharded(
 
     if rule is not None:
         _wire(parts, settings, plan, flats[: len(plan.sharded)], home, rule, client if client_steps else None, group)
-    fill = _Fill(parts, group, rank, world_size)
+    fill = Fill(parts, group, rank, world_size)
     for item in parts.shards.params:  # in the model's order: ranks whose parts differ in size have other layouts
         layout, slot, is_trained = places[item.name]
         fill(sources[item.name], flat_of[id(layout)], layout, slot, is_trained)
@@ -206,141 +213,6 @@ def _plan(
     )
 
 
-# -------------------------------------------------------------------- the model's tensors
-
-
-def _name_sharded(groups: Sequence[dict[str, Any]], module: nn.Module) -> None:
-    """Groups may name parameters as they were before sharding, or while they were gathered."""
-    shards: Shards | None = getattr(module, "_zero_shards", None)
-    if shards is None:
-        return
-    for group in groups:
-        found = [(shards.find(param), param) for param in group["params"]]
-        group["params"] = [param if item is None else item.param for item, param in found]
-
-
-def _replace_params(module: nn.Module, fresh: dict[int, nn.Parameter]) -> None:
-    """Put parameters in the place of others, wherever they are used. ``fresh``: by id of the old one."""
-    for owner in module.modules():
-        for name, param in owner._parameters.items():
-            if param is not None and id(param) in fresh:
-                owner._parameters[name] = fresh[id(param)]
-
-
-def _like(param: nn.Parameter, values: Tensor) -> nn.Parameter:
-    fresh = nn.Parameter(values, requires_grad=param.requires_grad)
-    vars(fresh).update(vars(param))
-    return fresh
-
-
-def _make_real(module: nn.Module, cut: set[str]) -> dict[int, nn.Parameter]:
-    """Memory for buffers and whole parameters that are on the meta device; rank 0's values come later.
-
-    Returns the parameters that took the place of others, by id of those.
-    """
-    fresh = {
-        id(param): _like(param, torch.empty_like(param, device="cpu"))
-        for name, param in module.named_parameters()
-        if name not in cut and param.is_meta
-    }
-    _replace_params(module, fresh)
-    for owner in module.modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                owner._buffers[name] = torch.empty_like(buffer, device="cpu")
-    return fresh
-
-
-def _place_the_rest(
-    module: nn.Module,
-    device: torch.device,
-    compute: torch.dtype | None,
-    later: set[str],
-    group: dist.ProcessGroup | None,
-) -> None:
-    skip = {id(param) for name, param in module.named_parameters() if name in later}
-    assembly.place_rest(module, device, compute, skip)
-    if dist.get_world_size(group) > 1:
-        assembly.broadcast_rest(module, skip, group)
-
-
-def _swap_for_meta(module: nn.Module, originals: dict[str, nn.Parameter], compute: torch.dtype | None) -> None:
-    """FSDP2 shall see shapes and the type to compute in, and move nothing."""
-    _replace_params(
-        module,
-        {
-            id(param): _like(param, torch.empty(param.shape, dtype=compute or param.dtype, device="meta"))
-            for param in originals.values()
-        },
-    )
-
-
-def _storage(
-    module: nn.Module, layouts: Sequence[BucketLayout], home: torch.device, settings: EngineSettings
-) -> list[Tensor]:
-    """One zeroed flat buffer per layout; page-locked if it is to be read by a GPU."""
-    if home.type != "cpu" or not torch.cuda.is_available():
-        return [torch.zeros(layout.padded_numel, dtype=layout.dtype, device=home) for layout in layouts]  # type: ignore[call-overload]
-    arenas = {}
-    for dtype in sorted({layout.dtype for layout in layouts}, key=str):
-        numel = sum(layout.padded_numel for layout in layouts if layout.dtype == dtype)
-        arenas[dtype] = PinnedArena(numel, pin=settings.offload_param.pin_memory, dtype=dtype)  # type: ignore[arg-type]
-    # The model outlives its engine, and its storage must stay page-locked as long as it is used.
-    module._zero_arenas = list(arenas.values())  # type: ignore[assignment]
-    return [arenas[layout.dtype].take(layout.padded_numel).zero_() for layout in layouts]
-
-
-# -------------------------------------------------------------------- values
-
-
-class _Fill:
-    """Brings rank 0's values of a parameter into everybody's shards and masters."""
-
-    def __init__(self, parts: Assembly, group: dist.ProcessGroup | None, rank: int, world_size: int) -> None:
-        self._device = parts.device
-        self._group = group
-        self._rank = rank
-        self._world_size = world_size
-        self._pieces: dict[int, list[tuple[Home, int, Piece]]] = {}
-        if parts.masters is not None:
-            for home, index, piece in parts.masters.pieces():
-                self._pieces.setdefault(piece.bucket, []).append((home, index, piece))
-
-    @torch.no_grad()
-    def __call__(self, source: Tensor, flat: Tensor, layout: BucketLayout, slot: Slot, is_trained: bool) -> None:
-        rows = self._rows(source, slot)
-        flat[slot.start : slot.end].copy_(rows)
-        if is_trained:
-            for home, index, piece in self._pieces.get(layout.index, ()):
-                start, end = max(piece.start, slot.start), min(piece.end, slot.end)
-                if start < end:
-                    master = home.tensors(index)["master"].view(-1)
-                    master[start - piece.start : end - piece.start].copy_(rows[start - slot.start : end - slot.start])
-        if isinstance(source, nn.Parameter) and not source.is_meta:
-            source.data = source.data.new_empty(0)
-
-    def _rows(self, source: Tensor, slot: Slot) -> Tensor:
-        """This rank's elements (n,), in the type of ``source``."""
-        numel = slot.spec.numel
-        if not isinstance(source, nn.Parameter):
-            return source[:numel]  # a shard already
-        if self._world_size == 1:
-            return source.detach().reshape(-1)
-        mine = source.new_empty(0, device=self._device)
-        for rank in range(self._world_size):
-            span = span_of(slot.spec.full_shape, rank, self._world_size)
-            if span.start == span.end:
-                continue
-            if self._rank == 0:
-                part = source.detach().reshape(-1)[span.start : span.end].to(self._device)
-            else:
-                part = torch.empty(span.end - span.start, dtype=source.dtype, device=self._device)
-            dist.broadcast(part, src=assembly.source_rank(self._group), group=self._group)
-            if rank == self._rank:
-                mine = part
-        return mine
-
-
 # -------------------------------------------------------------------- training
 
 
@@ -354,7 +226,7 @@ def _wire(
     client: torch.optim.Optimizer | None,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Connect gradients, masters and doors; masters of sharded parameters are left at zero for ``_Fill``."""
+    """Connect gradients, masters and doors; masters of sharded parameters are left at zero for ``Fill``."""
     assert parts.shards is not None and parts.optimizer is not None
     by_name = dict(parts.module.named_parameters())
     parts.params = [by_name[name] for name in plan.names]
