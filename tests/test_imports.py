@@ -21,11 +21,10 @@ PACKAGE = REPO / "hf_zero_plugin"
 ALLOWED_EDGES = {
     "errors": set(),
     "config": {"errors"},
-    "planner": {"config", "errors"},
     "checkpoint": {"config", "errors"},
     "engine": {"checkpoint", "config", "errors"},
-    "integration": {"checkpoint", "config", "engine", "errors", "planner"},
-    "cli": {"checkpoint", "config", "engine", "errors", "integration", "planner"},
+    "integration": {"checkpoint", "config", "engine", "errors"},
+    "cli": {"checkpoint", "config", "engine", "errors", "integration"},
     "__main__": {"cli"},
     "__init__": {"engine", "errors", "integration"},
 }
