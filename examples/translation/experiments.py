@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import UserError, exit_code_of
-from measure.child import Events, run_process
+from measure.child import SETUP, Events, run_process
 from measure.plan import Wanted, keys_of, plan
 from measure.progress import Progress
 from measure.rows import SETTLED, Row, read_rows, write_rows
@@ -153,12 +153,14 @@ class Sweep:
         with self.progress:
             self._run_all(plan(self.wanted, self.template, before, grouped=self._is_grouped))
             tried = before | {key for key, row in self.rows.items() if row.status in SETTLED}
-            failed = set(self.rows) - tried
+            failed = {key for key in set(self.rows) - tried if not self.rows[key].error.startswith(SETUP)}
             self._run_all(
                 [s for s in plan(self.wanted, self.template, tried, grouped=False) if failed.intersection(keys_of(s))]
             )
         missing = plan(self.wanted, self.template, self.rows, grouped=False)
-        note = f"; {len(missing)} cells missing, run again to go on" if missing else ""
+        num_failed = sum(row.status not in SETTLED for row in self.rows.values())
+        note = f"; {num_failed} failed, see --retry" if num_failed else ""
+        note += f"; {len(missing)} cells missing, run again to go on" if missing else ""
         print(f"{len(self.rows)} cells in {self.csv}, {time.monotonic() - self.started:.0f} s{note}", flush=True)
 
     @property

@@ -154,11 +154,15 @@ def test_plan_leaves_out_what_is_done(workspace: Workspace) -> None:
 @pytest.mark.slow
 def test_death_of_a_process_is_a_row(workspace: Workspace, tmp_path: Path) -> None:
     rows: list[Row] = []
-    spec = _template(workspace, tokenizer=str(tmp_path / "nothing"), batches=[2, 4])
     events = Events(lambda *_: None, rows.append, lambda _: None)
-    assert run_process(spec, events) == [4], "what it did not come to is left for another process"
-    assert [(row.batch_size, row.status) for row in rows] == [(2, FAILED)]
-    assert "exit code 1" in rows[0].error
+    lost = _template(workspace, tokenizer=str(tmp_path / "nothing"), batches=[2, 4])
+    assert run_process(lost, events) == []
+    assert [(row.batch_size, row.status) for row in rows] == [(2, FAILED), (4, FAILED)]
+    assert rows[0].error.startswith("before the first cell, exit code 1")
+    rows.clear()
+    # A batch of no rows cannot be: the process dies in its second cell and does not come to the third.
+    assert run_process(_template(workspace, batches=[2, 0, 4]), events) == [4]
+    assert [(row.batch_size, row.status) for row in rows] == [(2, OK), (0, FAILED)]
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from measure.spec import DEEPSPEED, ROOT, Spec
 EXAMPLE = Path(__file__).resolve().parents[1]
 START_LIMIT_S = 240.0
 NUM_KEPT_LINES = 40
+SETUP = "before the first cell, "
 
 
 class Events(NamedTuple):
@@ -38,7 +39,8 @@ def run_process(spec: Spec, events: Events, *, deadline: float | None = None) ->
     """Measure the batch sizes of ``spec`` in one fresh process.
 
     Returns:
-        Batch sizes that it did not come to. The one at which it died or ran out of time is reported as a row.
+        Batch sizes that it did not come to. The one at which it died or ran out of time is reported as a row; all
+        of them are if it died while it was set up.
     """
     waiting = list(spec.batches)
     current: int | None = None
@@ -69,13 +71,15 @@ def run_process(spec: Spec, events: Events, *, deadline: float | None = None) ->
             _end(process)
         if code == 0 or (current is None and len(waiting) < len(spec.batches)):
             return waiting
-        dead = current if current is not None else waiting[0]
-        waiting.remove(dead)
         errors.seek(0)
         tail.extend(line.rstrip() for line in errors.readlines()[-NUM_KEPT_LINES:])
         print("\n".join(tail), file=sys.stderr, flush=True)
         last = next((line for line in reversed(tail) if line.strip()), "")
-        events.finished(spec.row(dead, status=status, error=f"{reason}: {last.strip()[:160]}"))
+        # Before its first cell the process was still being set up: another one would die of the same.
+        dead, when = ([current], "") if current is not None else (list(waiting), SETUP)
+        for batch_size in dead:
+            waiting.remove(batch_size)
+            events.finished(spec.row(batch_size, status=status, error=f"{when}{reason}: {last.strip()[:160]}"))
         return waiting
 
 
