@@ -119,8 +119,10 @@ class ShardReader:
         CheckpointError: files of a rank are missing, or a file cannot be read.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, declared: dict[str, int] | None = None) -> None:
+        """``declared``: elements of every parameter, when only this node's files are here (node-local storage)."""
         self.directory = directory
+        self._declared = declared
         self._places: dict[tuple[str, str], list[_Place]] = {}
         self._open: dict[Path, safe_open] = {}
         ranks: dict[int, set[int]] = {}
@@ -129,7 +131,7 @@ class ShardReader:
             if match:
                 ranks.setdefault(int(match[2]), set()).add(int(match[1]))
                 self._index(file)
-        for world_size, found in ranks.items():
+        for world_size, found in ranks.items() if declared is None else ():
             missing = sorted(set(range(world_size)) - found)
             if missing:
                 raise CheckpointError(
@@ -148,10 +150,18 @@ class ShardReader:
 
     @property
     def params(self) -> set[str]:
+        if self._declared is not None:
+            return set(self._declared)
         return {param for param, kind in self._places if kind == "master"}
 
     def kinds(self, param: str) -> list[str]:
-        return sorted(kind for name, kind in self._places if name == param)
+        kinds = sorted(kind for name, kind in self._places if name == param)
+        if not kinds and self._declared is not None:
+            raise CheckpointError(
+                f"{self.directory}: no part of {param!r} is on this node. On node-local storage a checkpoint resumes "
+                "at the number of ranks that wrote it; to resume at another, gather all files in one folder."
+            )
+        return kinds
 
     def read(self, param: str, kind: str, start: int, end: int) -> Tensor | None:
         """Elements [start, end) as a flat tensor, or the whole state if it was stored whole; None if absent."""
@@ -182,6 +192,8 @@ class ShardReader:
         return bool(places) and places[0].end < 0
 
     def numel(self, param: str) -> int:
+        if self._declared is not None:
+            return self._declared[param]
         return max(place.end for place in self._places[(param, "master")])
 
     def close(self) -> None:

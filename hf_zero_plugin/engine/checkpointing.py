@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +62,7 @@ def _my_slices(engine: ZeroEngine) -> Iterator[Slice]:
 
 
 def _untrained(engine: ZeroEngine, exclude_frozen: bool) -> dict[str, Tensor]:
-    """Buffers and frozen parameters, on the host of rank 0. Collective at stage 3."""
+    """Buffers and frozen parameters, on the host of the rank that writes them. Collective at stage 3."""
     engine.parts.reshard()
     trained = {slot.spec.name for layout in engine.parts.layouts for slot in layout.slots}
     tensors = dict(engine.module.named_buffers())
@@ -69,7 +71,7 @@ def _untrained(engine: ZeroEngine, exclude_frozen: bool) -> dict[str, Tensor]:
     shards, found = engine.parts.shards, {}
     for name, tensor in tensors.items():
         whole = shards.gather(shards.by_name[name]) if shards is not None and name in shards.by_name else tensor
-        if engine.global_rank == 0:
+        if _leads(engine):
             found[name] = whole.detach().to("cpu", copy=True).contiguous()
     return found
 
@@ -88,7 +90,7 @@ def save_engine(
     _check_tag(engine, tag)
     root = Path(save_dir)
     final, work = root / tag, root / f"{tag}.tmp"
-    if engine.global_rank == 0:
+    if _leads(engine):
         shutil.rmtree(work, ignore_errors=True)
     _barrier(engine)
     work.mkdir(parents=True, exist_ok=True)
@@ -96,13 +98,13 @@ def save_engine(
         shard, num_shards = engine.parts.sharding.shard, engine.parts.sharding.num_shards
         write_shard(work, shard, num_shards, _my_slices(engine))
     untrained = _untrained(engine, exclude_frozen)
-    if engine.global_rank == 0:
+    if _leads(engine):
         save_file(untrained, work / MODULE_FILE)
         schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
         torch.save({"client_state": client_state, "lr_scheduler": schedule}, work / CLIENT_FILE)
         (work / STATE_FILE).write_text(json.dumps(_state(engine), indent=1))
     _barrier(engine)
-    if engine.global_rank == 0:
+    if _leads(engine):
         shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
         if save_latest:
@@ -113,10 +115,17 @@ def save_engine(
     return True
 
 
+def _leads(engine: ZeroEngine) -> bool:
+    """This rank writes what is common to all: rank 0, or one rank of every node that has storage of its own."""
+    if engine.settings.use_node_local_storage:
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return engine.global_rank == 0
+
+
 def _writer(engine: ZeroEngine) -> int:
     """Ranks that hold equal copies (stage 0) leave the writing to rank 0."""
     sharding = engine.parts.sharding
-    if sharding.num_shards > 1 or engine.global_rank == 0:
+    if sharding.num_shards > 1 or _leads(engine):
         return sharding.shard
     return -1
 
@@ -192,7 +201,12 @@ def load_engine(
         client = torch.load(file, map_location="cpu", weights_only=False)
     with reading(directory / MODULE_FILE) as file:
         untrained = load_file(file)
-    reader = ShardReader(directory) if engine.parts.masters is not None else None
+    reader = None
+    if engine.parts.masters is not None:
+        shapes = state.get("shapes", {})
+        here_only = engine.settings.use_node_local_storage and engine.world_size == state["world_size"]
+        declared = {name: math.prod(shape) for name, shape in shapes.items()} if here_only else None
+        reader = ShardReader(directory, declared=declared)
     if reader is not None:
         _check_params(engine, reader, directory, strict, state.get("shapes", {}))
     _load_untrained(engine, untrained)
