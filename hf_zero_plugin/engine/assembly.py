@@ -17,6 +17,7 @@ from hf_zero_plugin.engine.client_home import ClientHome
 from hf_zero_plugin.engine.collectives import all_gather_flat
 from hf_zero_plugin.engine.flat import FlatWeights
 from hf_zero_plugin.engine.gradients import GradientStore, ReduceOptions, ResidentGrads, TransientGrads
+from hf_zero_plugin.engine.loose_grads import LooseGrads
 from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home, MasterWeights
 from hf_zero_plugin.engine.offload_host import HostHome
 from hf_zero_plugin.engine.offload_stream import StreamedHome
@@ -254,13 +255,13 @@ def _wire(
         rule=rule,
         weights=weights.flats,
         grads=parts.grads,
-        shard_starts=[layout.shard_range(sharding.shard)[0] for layout in parts.layouts],
         finish_bucket=lambda bucket, home: finish_bucket(parts, bucket, home),
         device=parts.device,
         is_alone=sharding.world_size == 1,
         groups=parts.optimizer.param_groups,
     )
-    parts.masters = MasterWeights(make_homes(parts, settings, context, client, parts.layouts), len(parts.layouts))
+    homes = make_homes(parts, settings, context, client, parts.layouts)
+    parts.masters = MasterWeights(homes, parts.grads, len(parts.layouts))
     if sharding.gathers_weights and any(isinstance(home, HostHome) for home in parts.masters.homes):
         # The worker thread gathers while the main thread may be in another collective: keep them apart.
         parts.gather_group = dist.new_group(dist.get_process_group_ranks(group) if group is not None else None)
@@ -275,8 +276,14 @@ def _wire(
         exact = adopt_bucket(weights, layout, sharding, group)
         for home, index, piece in pieces_of.get(layout.index, ()):
             home.set_master(index, exact(piece))
+    prefetch_states(parts)
     parts.doors = Doors(parts.module, parts.layouts, parts.params)
     parts.doors.guard(parts.masters)
+
+
+def prefetch_states(parts: Assembly) -> None:
+    if parts.masters is not None and any(isinstance(home, StreamedHome) for home in parts.masters.homes):
+        parts.masters.prefetch_after(parts.layouts, parts.params)
 
 
 def adopt_bucket(
@@ -319,8 +326,11 @@ def make_grads(parts: Assembly, settings: EngineSettings, group: dist.ProcessGro
     )
     # bf16 keeps 8 bits: sums of micro-steps lose small gradients, so they are kept in fp32 unless told otherwise.
     wanted = settings.grad_accum_dtype or ("fp32" if settings.precision == "bf16" else settings.precision)
-    store = TransientGrads if parts.sharding.shards_grads else ResidentGrads
-    return store(
+    is_half = all(flat.dtype != torch.float32 for flat in parts.weights.flats)
+    store: type[GradientStore] = TransientGrads if parts.sharding.shards_grads else ResidentGrads
+    if parts.sharding.world_size == 1 and is_half:
+        store = LooseGrads
+    return store(  # type: ignore[call-arg]
         parts.layouts,
         parts.params,
         parts.sharding,

@@ -71,6 +71,8 @@ class ZeroEngine(Timed, nn.Module):
         super().__init__()
         self.module = module
         self.settings = settings
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.config = config if config is not None else {}
         self.group = group
@@ -100,6 +102,8 @@ class ZeroEngine(Timed, nn.Module):
         self._defers_reduction = False
         self._grad_norm: float | None = None
         self._destroyed = False
+        self._plain_modules: list[nn.Module] | None = None
+        """All modules, unless one of them has a ``train`` of its own."""
         register(self)
         self._watch_if_asked(settings.wall_clock_breakdown)
 
@@ -379,6 +383,17 @@ class ZeroEngine(Timed, nn.Module):
             if self._activations is not None:
                 self._activations.close()
             self.parts.close()
+
+    def train(self, mode: bool = True) -> ZeroEngine:
+        """As always, but free of cost where every module is in that mode already: the Trainer calls it every step."""
+        if self._plain_modules is None:
+            modules = list(self.module.modules())
+            overrides = any(type(m).train is not nn.Module.train or "train" in vars(m) for m in modules)
+            self._plain_modules = [] if overrides else modules
+        if not self._plain_modules or any(module.training is not mode for module in self._plain_modules):
+            return super().train(mode)
+        self.training = mode
+        return self
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.module.parameters(recurse)

@@ -1,9 +1,11 @@
 """Gradients: from autograd's hooks to one reduced shard per bucket.
 
-Two ways to hold them, one interface::
+Three ways to hold them, one interface::
 
-    ResidentGrads    .grad of every parameter is a view of a flat buffer that stays; autograd adds in place, so no
-                     Python runs per parameter (world size 1) and a step can read the buffer as it is.
+    LooseGrads       one rank, half precision: where autograd leaves them, until the update has read them
+                     (loose_grads.py).
+    ResidentGrads    .grad of every parameter is a view of a flat buffer that stays; autograd adds in place, and a step
+                     can read the buffer as it is.
     TransientGrads   stage 2 with several ranks: a bucket's buffer is born with its first gradient, reduce-scattered
                      when full and dropped; only this rank's shard stays.
 
@@ -104,8 +106,20 @@ class GradientStore:
         """This rank's reduced gradient of a bucket, shape (S,), loss scale still in it."""
         raise NotImplementedError
 
+    def part(self, bucket: int, start: int, end: int) -> Tensor:
+        """Elements [start, end) of a bucket, inside this rank's shard; perhaps the store's own memory."""
+        low, _ = self.layouts[bucket].shard_range(self.sharding.shard_of(self.layouts[bucket]))
+        return self.shard(bucket)[start - low : end - low]
+
+    def clear_part(self, bucket: int, start: int, end: int) -> None:
+        """Forget a consumed part, on the current stream, so call it where the gradient was consumed."""
+        self.part(bucket, start, end).zero_()
+
+    def release(self, bucket: int) -> None:
+        """The compute stream is ordered after the update that has read this bucket's gradients: drop their memory."""
+
     def clear_shard(self, bucket: int) -> None:
-        """Forget one bucket's gradient; on the current stream, so call it where the gradient was consumed."""
+        """Forget one bucket's gradient, consumed or not; on the current stream."""
         self.shard(bucket).zero_()
 
     def clear(self) -> None:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from hf_zero_plugin.engine.buckets import Piece
+from hf_zero_plugin.engine.buckets import BucketLayout, Piece
 from hf_zero_plugin.engine.gradients import GradientStore
 from hf_zero_plugin.engine.optimizers import UpdateRule
 from hf_zero_plugin.engine.piece_states import PieceStates
@@ -48,8 +49,6 @@ class Context(NamedTuple):
     weights: Sequence[Tensor]
     """Flat weights per bucket, shape (P,)."""
     grads: GradientStore
-    shard_starts: Sequence[int]
-    """First element of this rank's shard, per bucket: where ``grads.shard(b)`` begins in bucket elements."""
     finish_bucket: Callable[[int, object], None]
     """Called by a home, on its stream or thread, when it has updated its part of a bucket: the last home to do so
     clears the gradient and gathers the other ranks' shards."""
@@ -60,13 +59,12 @@ class Context(NamedTuple):
     """The param groups, for the initial values of states."""
 
     def grad_of(self, piece: Piece) -> Tensor:
-        start = self.shard_starts[piece.bucket]
-        return self.grads.shard(piece.bucket)[piece.start - start : piece.end - start]
+        return self.grads.part(piece.bucket, piece.start, piece.end)
 
     def clear_grad(self, piece: Piece) -> None:
         """Forget a consumed gradient, on the current stream. With several ranks ``finish_bucket`` does it for all."""
         if self.is_alone:
-            self.grad_of(piece).zero_()
+            self.grads.clear_part(piece.bucket, piece.start, piece.end)
 
     def weight_of(self, piece: Piece) -> Tensor:
         return self.weights[piece.bucket][piece.start : piece.end]
@@ -91,8 +89,11 @@ class Home:
         """Launch the update of all pieces; may return before it is done."""
         raise NotImplementedError
 
+    def start_backward(self) -> None:
+        """A backward pass begins."""
+
     def prefetch(self) -> None:
-        """A step follows the backward pass that begins now: fetch what it will need first."""
+        """A step follows the backward pass that is under way: fetch what it needs first, if there is room."""
 
     def forget_prefetched(self) -> None:
         """States were written from outside: what was fetched ahead is stale."""
@@ -182,14 +183,17 @@ class DeviceHome(Home):
 class MasterWeights:
     """All homes of one engine. Pieces of one bucket may live in different homes."""
 
-    def __init__(self, homes: Sequence[Home], num_buckets: int) -> None:
+    def __init__(self, homes: Sequence[Home], grads: GradientStore, num_buckets: int) -> None:
         self.homes = [home for home in homes if home.pieces]
+        self._grads = grads
         self.num_buckets = num_buckets
         self._pending = [False] * num_buckets
         self.any_pending = False
         # A bucket is finished by the last home that holds a part of it; earlier ones must not gather it.
         self.finisher = {piece.bucket: home for home in self.homes for piece in home.pieces}
         self._timeline: Timeline | None = None
+        self._prefetches = False
+        self._handles: list[RemovableHandle] = []
 
     def watch(self, timeline: Timeline) -> None:
         self._timeline = timeline
@@ -204,7 +208,18 @@ class MasterWeights:
     def start_backward(self, *, prefetch: bool) -> None:
         """Gradients are about to be overwritten: the last update must have consumed them."""
         self.wait_all()
-        if prefetch:
+        self._prefetches = prefetch
+        for home in self.homes:
+            home.start_backward()
+
+    def prefetch_after(self, layouts: Sequence[BucketLayout], params: Sequence[nn.Parameter]) -> None:
+        """Fetch states as the backward pass frees memory: once a bucket, when the last of its gradients is due."""
+        for layout in layouts:
+            first = min(slot.spec.index for slot in layout.slots)
+            self._handles.append(params[first].register_post_accumulate_grad_hook(self._prefetch))
+
+    def _prefetch(self, _: Tensor) -> None:
+        if self._prefetches:
             for home in self.homes:
                 home.prefetch()
 
@@ -222,6 +237,7 @@ class MasterWeights:
             started = timeline.begin() if timeline is not None else None
             for home in self.homes:
                 home.wait(bucket)
+            self._grads.release(bucket)
             if timeline is not None and started is not None:
                 timeline.end("wait", started)
 
@@ -267,5 +283,7 @@ class MasterWeights:
                 weight.copy_(master)
 
     def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
         for home in self.homes:
             home.close()

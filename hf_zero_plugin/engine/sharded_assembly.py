@@ -237,7 +237,7 @@ def _wire(
     parts.weights.flats += flats
     parts.grads = _make_grads(parts, settings, plan, flats, group)
     homes = _make_homes(parts, settings, plan, home, rule, client)
-    parts.masters = MasterWeights(homes, len(parts.layouts))
+    parts.masters = MasterWeights(homes, parts.grads, len(parts.layouts))
     num_whole = len(plan.whole)
     for owner, index, piece in parts.masters.pieces():
         if piece.bucket < num_whole:
@@ -247,6 +247,7 @@ def _wire(
             is_master = weight.dtype == torch.float32 and weight.device == owner.context.device
             zeros = torch.zeros(piece.numel, device=owner.context.device)
             owner.set_master(index, weight if is_master else zeros)
+    assembly.prefetch_states(parts)
     parts.doors = Doors(parts.module, plan.whole, parts.params)
     parts.doors.guard(parts.masters)
     buckets = {plan.names[slot.spec.index]: layout.index for layout in plan.sharded for slot in layout.slots}
@@ -292,12 +293,10 @@ def _make_homes(
     States of offloaded parameters are where the parameters are, and are stepped there.
     """
     assert parts.weights is not None and parts.grads is not None and parts.optimizer is not None
-    starts = [layout.shard_range(parts.sharding.shard)[0] for layout in plan.whole]
     whole = Context(
         rule=rule,
         weights=parts.weights.flats,
         grads=parts.grads,
-        shard_starts=[*starts, *(0 for _ in plan.sharded)],
         finish_bucket=lambda bucket, owner: assembly.finish_bucket(parts, bucket, owner),
         device=parts.device,
         is_alone=parts.sharding.world_size == 1,

@@ -123,6 +123,9 @@ class Stage3Grads(GradientStore):
     def clear_shard(self, bucket: int) -> None:
         self._store_of[bucket].clear_shard(bucket)
 
+    def release(self, bucket: int) -> None:
+        self._store_of[bucket].release(bucket)
+
     @property
     def num_bytes(self) -> int:
         return sum(store.num_bytes for store in self._stores)

@@ -230,3 +230,30 @@ def test_peak_memory_is_weights_gradients_and_slots() -> None:
     assert report["host"]["master weights"] == 4 * num
     assert report["host"]["moments"] == 8 * num
     engine.destroy()
+
+
+def test_states_staged_in_the_memory_of_activations_change_nothing_and_cost_no_peak() -> None:
+    """Many rows: the backward pass frees far more than the states take, so half of them are on the device in time."""
+
+    def train(device: str) -> tuple[list[Tensor], int, int]:
+        torch.cuda.empty_cache()
+        engine = _engine("bf16", device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for step in range(6):
+            x = torch.randn(16384, WIDTH, generator=torch.Generator().manual_seed(step)).to("cuda", torch.bfloat16)
+            engine.backward(engine(x).float().square().mean())
+            engine.step()
+        engine.synchronize()
+        staged = engine.memory_report()["device"].get("buffers", 0)
+        weights, peak = _weights(engine), torch.cuda.max_memory_allocated() - before
+        engine.destroy()
+        return weights, peak, staged
+
+    resident, peak_resident, _ = train("none")
+    streamed, peak_streamed, staged = train("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(resident, streamed))
+    num_states = 3 * 4 * sum(p.numel() for p in Wide().parameters())
+    assert staged > 0.4 * num_states
+    slot = 3 * 4 * WIDTH * WIDTH // 2
+    assert peak_streamed <= peak_resident + 4 * slot
