@@ -34,7 +34,7 @@ logger = logging.getLogger("hf_zero_plugin")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-BUCKET_NUMEL = 16 * 2**20
+BUCKET_NUMEL = 12 * 2**20
 """Elements per bucket unless reduce_bucket_size asks for less: readiness is per bucket, so the forward pass starts
 after one bucket, and a bucket's calls are few enough not to matter."""
 
@@ -42,8 +42,9 @@ MIN_BUCKET_NUMEL = 2 * 2**20
 """Smaller buckets than this are not made, whatever the configuration says ("auto" means hidden size squared, well below
 it): each costs a dozen calls a step, and saves 4 MB of buffer."""
 
-STREAM_PIECE_NUMEL = 8 * 2**20
-"""Elements per piece that passes through the device: a slot takes (K + 1) * 4 bytes of device memory per element."""
+STREAM_PIECE_NUMEL = 12 * 2**20
+"""Elements per piece that passes through the device: each of two slots takes (K + 1) * 4 bytes of device memory per
+element (Adam: 200 MB each), and every piece costs the host about a dozen calls a step."""
 
 
 @dataclass
@@ -372,7 +373,7 @@ def make_homes(
         return [DeviceHome(context, pieces)]
     kept, moved = _split_by_ratio(pieces, context, settings)
     if streams:
-        away: Home = StreamedHome(context, moved, pin_memory=offload.pin_memory, deferred=context.is_alone)
+        away: Home = StreamedHome(context, moved, pin_memory=offload.pin_memory)
     else:
         # Without a device to overlap with, a second thread would only fight the first for the cores.
         threaded = parts.device.type == "cuda" or offload.step_on == "host"

@@ -111,6 +111,10 @@ class GradientStore:
         low, _ = self.layouts[bucket].shard_range(self.sharding.shard_of(self.layouts[bucket]))
         return self.shard(bucket)[start - low : end - low]
 
+    def widen(self, bucket: int, start: int, end: int, out: Tensor) -> None:
+        """Copy a part, as fp32, into ``out`` (end - start,): the same memory for the same part every time, please."""
+        out.copy_(self.part(bucket, start, end))
+
     def clear_part(self, bucket: int, start: int, end: int) -> None:
         """Forget a consumed part, on the current stream, so call it where the gradient was consumed."""
         self.part(bucket, start, end).zero_()

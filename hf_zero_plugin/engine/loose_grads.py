@@ -16,16 +16,36 @@ gone, somebody has called the model's ``zero_grad``, and the sum is forgotten.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_zero_plugin.engine.buckets import BucketLayout, Slot
+from hf_zero_plugin.engine.flat import view_of
 from hf_zero_plugin.engine.gradients import GradientStore, ReduceOptions
 from hf_zero_plugin.engine.sharding import Sharding
 
 __all__ = ["LooseGrads"]
+
+
+class _Targets(NamedTuple):
+    """Where the gradients of a part go: views of one flat buffer in the parameters' shapes."""
+
+    indices: list[int]
+    views: list[Tensor]
+    has_gaps: bool
+    """Some elements of the buffer belong to no parameter."""
+
+
+def _targets(layout: BucketLayout, start: int, end: int, out: Tensor) -> _Targets | None:
+    """None if the part cuts a parameter."""
+    slots = [slot for slot in layout.slots if slot.start < end and slot.end > start]
+    if any(slot.start < start or slot.end > end for slot in slots):
+        return None
+    views = [view_of(out, replace(slot, start=slot.start - start)) for slot in slots]
+    return _Targets([slot.spec.index for slot in slots], views, sum(view.numel() for view in views) < end - start)
 
 
 class LooseGrads(GradientStore):
@@ -47,6 +67,7 @@ class LooseGrads(GradientStore):
         """Bucket -> parameter index -> its gradient; a bucket is missing once it was released."""
         self._sums: list[Tensor] | None = None
         """Per bucket, shape (P,), fp32."""
+        self._targets: dict[tuple[int, int, int], _Targets | None] = {}
         self._marks: list[Tensor] = []
         """Per parameter, while a sum of earlier micro-steps is kept."""
         for param in self.params:
@@ -120,6 +141,26 @@ class LooseGrads(GradientStore):
         if self._sums is not None:
             return self._sums[bucket][start:end]
         return self._lay_end_to_end(self.layouts[bucket], self._held.get(bucket, {}), start, end)
+
+    def widen(self, bucket: int, start: int, end: int, out: Tensor) -> None:
+        """One kernel for all gradients of a part, into views of ``out`` that are made once."""
+        key = (bucket, start, out.data_ptr())
+        if self._sums is not None:
+            super().widen(bucket, start, end, out)
+            return
+        if key not in self._targets:
+            self._targets[key] = _targets(self.layouts[bucket], start, end, out)
+        targets, held = self._targets[key], self._held.get(bucket, {})
+        if targets is None:  # a slice of one parameter
+            super().widen(bucket, start, end, out)
+            return
+        if targets.has_gaps or any(index not in held for index in targets.indices):
+            out.zero_()
+        present = [number for number, index in enumerate(targets.indices) if index in held]
+        if present:
+            torch._foreach_copy_(
+                [targets.views[number] for number in present], [held[targets.indices[number]] for number in present]
+            )
 
     def clear_part(self, bucket: int, start: int, end: int) -> None:
         if self._sums is not None:

@@ -61,6 +61,10 @@ class Context(NamedTuple):
     def grad_of(self, piece: Piece) -> Tensor:
         return self.grads.part(piece.bucket, piece.start, piece.end)
 
+    def widen_grad(self, piece: Piece, out: Tensor) -> None:
+        """The gradient of a piece as fp32 (n,) in ``out``, which should be the same memory every time."""
+        self.grads.widen(piece.bucket, piece.start, piece.end, out)
+
     def clear_grad(self, piece: Piece) -> None:
         """Forget a consumed gradient, on the current stream. With several ranks ``finish_bucket`` does it for all."""
         if self.is_alone:
