@@ -30,7 +30,7 @@ from typing import Any
 
 from errors import UserError, exit_code_of
 from experiments import RESULTS, find_text
-from measure.child import child_environment
+from measure.launch import child_environment
 from measure.learn import LearnSpec
 from measure.spec import ENGINES, PLAIN, ZERO
 

@@ -20,6 +20,7 @@ from measure import texts
 from measure.child import Events, run_process
 from measure.findings import Cells, largest_batch, memory, speed
 from measure.learning_figure import draw_learning
+from measure.limit import TimeLimit
 from measure.plan import Wanted, keys_of, plan
 from measure.rows import FAILED, OK, OUT_OF_MEMORY, Row, read_rows, write_rows
 from measure.spec import DEEPSPEED, PLAIN, ZERO, Spec
@@ -156,12 +157,12 @@ def test_death_of_a_process_is_a_row(workspace: Workspace, tmp_path: Path) -> No
     rows: list[Row] = []
     events = Events(lambda *_: None, rows.append, lambda _: None)
     lost = _template(workspace, tokenizer=str(tmp_path / "nothing"), batches=[2, 4])
-    assert run_process(lost, events) == []
+    assert run_process(lost, events, TimeLimit(None)) == []
     assert [(row.batch_size, row.status) for row in rows] == [(2, FAILED), (4, FAILED)]
     assert rows[0].error.startswith("before the first cell, exit code 1")
     rows.clear()
     # A batch of no rows cannot be: the process dies in its second cell and does not come to the third.
-    assert run_process(_template(workspace, batches=[2, 0, 4]), events) == [4]
+    assert run_process(_template(workspace, batches=[2, 0, 4]), events, TimeLimit(None)) == [4]
     assert [(row.batch_size, row.status) for row in rows] == [(2, OK), (0, FAILED)]
 
 
@@ -196,9 +197,29 @@ def test_sweep_measures_and_goes_on_where_it_was(
     assert all(again[row.key] == row for row in first), "cells in the file are not measured twice"
 
 
+@pytest.mark.slow
+def test_two_ranks_measure_the_losses_of_one(workspace: Workspace, tmp_path: Path) -> None:
+    common = [
+        "--data", str(workspace.files["train"]), "--tokenizer", str(workspace.tokenizer), "--models", "t5-demo",
+        "--steps", "2", "--samples", "64", "--max-length", "16", "--out", str(tmp_path),
+    ]  # fmt: skip
+    experiments.main([*common, "--num-gpus", "2", "--batches", "2,4"])
+    experiments.main([*common, "--engines", PLAIN, "--batches", "4"])
+    rows = {(row.engine, row.num_gpus, row.batch_size): row for row in read_rows(tmp_path / "sweep.csv")}
+    assert {row.status for row in rows.values()} == {OK}
+    one = rows[PLAIN, 1, 4]
+    for engine in (PLAIN, ZERO):
+        both = rows[engine, 2, 2]
+        assert both.epoch_steps == one.epoch_steps == 16
+        # The same batches in halves: a mean of means, so equal but for the number of tokens in each half.
+        assert both.loss_warmup == pytest.approx(one.loss_warmup, rel=0.02)
+
+
 def test_arguments_that_cannot_be_are_told() -> None:
     with pytest.raises(UserError, match="there are plain, zero2_offload, deepspeed"):
         experiments.parse_options(["--engines", "magic"])
+    with pytest.raises(UserError, match="--num-gpus 2: --gpus names only 1"):
+        experiments.parse_options(["--num-gpus", "1,2", "--gpus", "0"])
     with pytest.raises(UserError, match="--data needs --tokenizer"):
         experiments.parse_options(["--data", "somewhere"])
     with pytest.raises(UserError, match="no file"):
