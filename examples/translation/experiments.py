@@ -89,9 +89,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=RESULTS, help="folder of sweep.csv and sweep.json")
     add("--data", type=Path, help="folder with wmt16_en_ro/train.json (JSON lines), or such a file")
     add("--tokenizer", type=Path, help="folder of T5's tokenizer")
-    add("--models", type=_names, default=["t5-small", "t5-base"], help="presets of models.py")
-    add("--engines", type=_names, default=[PLAIN, ZERO], help=f"of {', '.join(ENGINES)} (the last if it is installed)")
-    add("--batches", type=_numbers, default=BATCHES, help="batch sizes per GPU")
+    add("--models", type=names_of, default=["t5-small", "t5-base"], help="presets of models.py")
+    add("--engines", type=names_of, default=[PLAIN, ZERO], help=f"of {', '.join(ENGINES)}")
+    add("--batches", type=numbers_of, default=BATCHES, help="batch sizes per GPU")
     add("--samples", type=int, default=10_000, help="pairs of an epoch, at most")
     add("--max-length", type=int, default=128, help="tokens to which both sides are cut")
     add("--precision", choices=["fp16", "bf16", "fp32"], default="fp16", help="on a GPU; a CPU trains in fp32")
@@ -100,8 +100,8 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--full", action="store_true", help="whole epochs: measured, not scaled; hours")
     add("--no-group", dest="group", action="store_false", help="one process a cell, 15 s more each")
     add("--rounds", type=int, default=1, help="repeat the whole sweep, engines in turn; figures show medians")
-    add("--num-gpus", type=_numbers, default=[1], help="GPUs that train together; 1,2 measures one, then both")
-    add("--gpus", type=_names, default=[], help="which ones; with --num-gpus 1, models share them side by side")
+    add("--num-gpus", type=numbers_of, default=[1], help="GPUs that train together; 1,2 measures one, then both")
+    add("--gpus", type=names_of, default=[], help="which ones; with --num-gpus 1, models share them side by side")
     add("--gpu-memory-gib", type=float, default=0.0, help="let a process allocate no more than this")
     add("--max-minutes", type=float, help="stop then; the cell that is being measured is left for the next run")
     add("--retry", action="store_true", help="measure cells again that failed before")
@@ -117,12 +117,12 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _names(text: str) -> list[str]:
+def names_of(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(name) for name in _names(text)]
+def numbers_of(text: str) -> list[int]:
+    return [int(name) for name in names_of(text)]
 
 
 def _steps(text: str) -> int | None:

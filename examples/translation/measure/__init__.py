@@ -11,5 +11,6 @@
     plan.py    which cells are still to be measured, in which processes, and what runs side by side
     child.py   following such a process, reading its results, surviving its death
     launch.py  the processes themselves, one a rank; limit.py, the time limit of a sweep
+    findings.py, findings_two.py    the article's findings held against the rows, with one GPU and with two
     progress.py, learn.py, learning_figure.py    the live table; the process of ../learning.py; its figure
 """

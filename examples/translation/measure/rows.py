@@ -108,6 +108,12 @@ class Row:
         return self.epoch_seconds if self.epoch_seconds is not None else self.epoch_seconds_scaled
 
 
+def side_by_side(number: int) -> str:
+    """How cells of one GPU were measured on a machine of several."""
+    share = "half" if number == 2 else f"1/{number}"
+    return f"one GPU: {number} models measured at the same time, each with a GPU and {share} of the cores"
+
+
 COLUMNS = [field.name for field in dataclasses.fields(Row)]
 _TYPES = get_type_hints(Row)
 
