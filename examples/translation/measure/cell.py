@@ -104,6 +104,7 @@ class Materials:
         from measure import texts
 
         tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
+        texts.check_vocabulary(tokenizer, PRESETS[spec.model], spec.model)
         pairs = texts.read_pairs(Path(spec.train_file), spec.num_samples)
         self.pairs = texts.tokenised(pairs, tokenizer, spec.max_length)
         self.collator = texts.collator(tokenizer)

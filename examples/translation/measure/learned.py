@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from measure.spec import DEEPSPEED, PLAIN, ZERO
 
-NAMES = {PLAIN: "Trainer alone", ZERO: "this engine, states offloaded", DEEPSPEED: "DeepSpeed"}
+NAMES = {PLAIN: "Trainer alone", ZERO: "this engine", DEEPSPEED: "DeepSpeed"}
 MAX_LOSS_GAP = 0.02
 MAX_BLEU_GAP = 2.0
 """Curves within both are called the same. In fp32 on a CPU the two losses agree to rounding. In half precision on a GPU
@@ -65,9 +65,10 @@ def learning_section(learned: dict[str, Any]) -> str:
     if PLAIN in runs and ZERO in runs:
         lines += ["", _same(distance(runs[PLAIN], runs[ZERO]))]
     lines += ["", "![Loss and BLEU over steps](results/figures/learning.png)", ""]
-    lines.append(f"What the model of {NAMES[ZERO] if ZERO in runs else NAMES[first['engine']]}, says at the end:")
+    shown = runs.get(ZERO, first)
+    lines.append(f"Translations at the end of the run of {NAMES[shown['engine']]}:")
     lines.append("")
-    for example in runs.get(ZERO, first)["examples"]:
+    for example in shown["examples"]:
         lines += [f"- {example['source']}", f"  - translated: {example['translation']}"]
         lines.append(f"  - reference: {example['reference']}")
     return "\n".join(lines) + "\n"
