@@ -1,7 +1,7 @@
 """The sweep: GPU memory, processor load and time over batch size, with and without ZeRO-2 and optimizer offload.
 
 T5 of true size with random weights (memory and time do not depend on their values), English to Romanian, 128 tokens,
-fp16, one epoch of up to 10,000 pairs, batch 1 to 256, each (model, engine) in a process of its own::
+fp16, one epoch of up to 10,000 pairs, batch 1 to 256, each (model, engine) in a process of its own, or one a GPU::
 
     python examples/translation/experiments.py                                 # the text that this example ships
     python examples/translation/experiments.py --data DIR --tokenizer DIR      # DIR/wmt16_en_ro/train.json; T5's own
@@ -12,13 +12,24 @@ A cell measures as many steps as fit ``--cell-seconds`` and scales to the epoch 
 epoch_seconds_scaled); ``--full`` trains whole epochs. Running out of memory is a result. Interrupted or run again, the
 sweep goes on where it was: cells in the CSV are not measured twice.
 
-All 36 cells on one H200 take seven to nine minutes, with a limit beside them for one that must stop in time::
+One GPU, 36 cells: four starts of 15 to 20 s and 36 cells of 6 to 10 s, so five to seven minutes::
 
-    python examples/translation/experiments.py --data DATA --tokenizer DATA/tokenizer_t5 --max-minutes 9.3
+    python examples/translation/experiments.py --data DATA --tokenizer DATA/tokenizer_t5 --cell-seconds 4
+
+Two GPUs: the 36 cells of one GPU side by side, t5-small on the first and t5-base on the second with half of the cores
+each (2 starts and 18 cells: about 3 minutes), then 36 cells on both together, one after the other (4 starts and 36
+cells: 5 to 6 minutes). With a limit for a machine that is lent for ten minutes; what is missing then, a second call of
+the same line measures::
+
+    python examples/translation/experiments.py --data DATA --tokenizer DATA/tokenizer_t5 --num-gpus 1,2 --gpus 0,1 \\
+        --cell-seconds 3 --max-minutes 9.4
+
+The plain Trainer on two GPUs is one process a GPU with DistributedDataParallel (as torchrun starts it), the engine has
+one process a GPU too. Without a launcher the Trainer takes DataParallel instead: ``--engines data_parallel``.
 
 A smaller GPU, enforced (a process may allocate no more than this), to see where each engine runs out::
 
-    python examples/translation/experiments.py ... --models t5-base --gpu-memory-gib 16 --cell-seconds 3
+    python examples/translation/experiments.py ... --models t5-base --gpu-memory-gib 16 --cell-seconds 2
 """
 
 from __future__ import annotations
@@ -27,16 +38,21 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from errors import UserError, exit_code_of
 from measure.child import SETUP, Events, run_process
-from measure.plan import Wanted, keys_of, plan
+from measure.limit import TimeLimit
+from measure.plan import Wanted, keys_of, lanes, plan
 from measure.progress import Progress
-from measure.rows import SETTLED, Row, read_rows, write_rows
+from measure.rows import SETTLED, Key, Row, read_rows, write_rows
 from measure.spec import ENGINES, PLAIN, ZERO, Spec
 
 HERE = Path(__file__).resolve().parent
@@ -60,7 +76,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         full=options.full,
         cell_seconds=options.cell_seconds,
         precision=options.precision,
-        num_gpus=options.num_gpus,
         gpu_memory_limit_gib=options.gpu_memory_gib,
         seed=options.seed,
     )
@@ -74,37 +89,40 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=RESULTS, help="folder of sweep.csv and sweep.json")
     add("--data", type=Path, help="folder with wmt16_en_ro/train.json (JSON lines), or such a file")
     add("--tokenizer", type=Path, help="folder of T5's tokenizer")
-    add("--models", type=_names, default=["t5-small", "t5-base"], help="presets of models.py")
-    add("--engines", type=_names, default=[PLAIN, ZERO], help=f"of {', '.join(ENGINES)} (the last if it is installed)")
-    add("--batches", type=_numbers, default=BATCHES, help="batch sizes per GPU")
+    add("--models", type=names_of, default=["t5-small", "t5-base"], help="presets of models.py")
+    add("--engines", type=names_of, default=[PLAIN, ZERO], help=f"of {', '.join(ENGINES)}")
+    add("--batches", type=numbers_of, default=BATCHES, help="batch sizes per GPU")
     add("--samples", type=int, default=10_000, help="pairs of an epoch, at most")
     add("--max-length", type=int, default=128, help="tokens to which both sides are cut")
     add("--precision", choices=["fp16", "bf16", "fp32"], default="fp16", help="on a GPU; a CPU trains in fp32")
     add("--steps", type=_steps, default=None, help="steps to measure in a cell, or auto: what fits --cell-seconds")
     add("--cell-seconds", type=float, default=8.0, help="about how long a cell trains with --steps auto")
     add("--full", action="store_true", help="whole epochs: measured, not scaled; hours")
-    add("--no-group", dest="group", action="store_false", help="one process a cell, 10 s more each")
+    add("--no-group", dest="group", action="store_false", help="one process a cell, 15 s more each")
     add("--rounds", type=int, default=1, help="repeat the whole sweep, engines in turn; figures show medians")
-    add("--num-gpus", type=int, default=1, help="ranks that train together")
+    add("--num-gpus", type=numbers_of, default=[1], help="GPUs that train together; 1,2 measures one, then both")
+    add("--gpus", type=names_of, default=[], help="which ones; with --num-gpus 1, models share them side by side")
     add("--gpu-memory-gib", type=float, default=0.0, help="let a process allocate no more than this")
-    add("--max-minutes", type=float, help="start nothing that may end later, and stop at twice what is left")
+    add("--max-minutes", type=float, help="stop then; the cell that is being measured is left for the next run")
     add("--retry", action="store_true", help="measure cells again that failed before")
     add("--seed", type=int, default=42)
     options = parser.parse_args(argv)
     unknown = set(options.engines) - set(ENGINES)
     if unknown:
         raise UserError(f"--engines {','.join(sorted(unknown))}: there are {', '.join(ENGINES)}.")
+    if options.gpus and len(options.gpus) < max(options.num_gpus):
+        raise UserError(f"--num-gpus {max(options.num_gpus)}: --gpus names only {len(options.gpus)}.")
     if options.data is not None and options.tokenizer is None:
         raise UserError("--data needs --tokenizer: the folder of a tokenizer that knows this text, such as T5's.")
     return options
 
 
-def _names(text: str) -> list[str]:
+def names_of(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(name) for name in _names(text)]
+def numbers_of(text: str) -> list[int]:
+    return [int(name) for name in names_of(text)]
 
 
 def _steps(text: str) -> int | None:
@@ -138,61 +156,106 @@ class Sweep:
     """Runs what is missing in the CSV and keeps the CSV up to date after every cell."""
 
     def __init__(self, out: Path, template: Spec, wanted: Wanted, options: argparse.Namespace) -> None:
-        self.out, self.template, self.wanted, self.options = out, template, wanted, options
+        self.out, self.wanted, self.options = out, wanted, options
+        self.templates = [dataclasses.replace(template, num_gpus=number) for number in options.num_gpus]
         self.csv = out / CSV_NAME
         rows = read_rows(self.csv) if self.csv.is_file() else []
         self.rows = {row.key: row for row in rows}
         self.progress = Progress(self.rows)
         self.started = time.monotonic()
-        self.deadline = self.started + 60 * options.max_minutes if options.max_minutes else None
-        self.events = Events(self.progress.cell_started, self._finished, self._machine)
+        self.limit = TimeLimit(options.max_minutes)
+        self._lock = threading.Lock()
+        """Lanes report from threads of their own."""
+        self.events = Events(self._cell_started, self._finished, self._machine)
 
     def run(self) -> None:
         # A cell that failed in an earlier run waits for --retry; one that fails in this run is tried once more, alone.
         before = {key for key, row in self.rows.items() if row.status in SETTLED or not self.options.retry}
-        with self.progress:
-            self._run_all(plan(self.wanted, self.template, before, grouped=self._is_grouped))
-            tried = before | {key for key, row in self.rows.items() if row.status in SETTLED}
-            failed = {key for key in set(self.rows) - tried if not self.rows[key].error.startswith(SETUP)}
-            self._run_all(
-                [s for s in plan(self.wanted, self.template, tried, grouped=False) if failed.intersection(keys_of(s))]
-            )
-        missing = plan(self.wanted, self.template, self.rows, grouped=False)
+        is_interrupted = False
+        try:
+            with self.progress:
+                self._run_all(self._plan(before, grouped=self.options.group))
+                tried = before | {key for key, row in self.rows.items() if row.status in SETTLED}
+                failed = {key for key in set(self.rows) - tried if not self.rows[key].error.startswith(SETUP)}
+                self._run_all([s for s in self._plan(tried, grouped=False) if failed.intersection(keys_of(s))])
+        except KeyboardInterrupt:
+            is_interrupted = True
+        missing = self._plan(set(self.rows), grouped=False)
         num_failed = sum(row.status not in SETTLED for row in self.rows.values())
         note = f"; {num_failed} failed, see --retry" if num_failed else ""
         note += f"; {len(missing)} cells missing, run again to go on" if missing else ""
         print(f"{len(self.rows)} cells in {self.csv}, {time.monotonic() - self.started:.0f} s{note}", flush=True)
+        if is_interrupted:
+            sys.exit(130)
 
-    @property
-    def _is_grouped(self) -> bool:
-        # Ranks that wait for one another do not survive an out-of-memory of one of them.
-        return self.options.group and self.template.num_gpus == 1
+    def _plan(self, done: set[Key], *, grouped: bool) -> list[Spec]:
+        return [spec for template in self.templates for spec in plan(self.wanted, template, done, grouped=grouped)]
 
     def _run_all(self, specs: list[Spec]) -> None:
+        """Cells of one GPU side by side where there are several; then those of several GPUs."""
+        for template in self.templates:
+            mine = [spec for spec in specs if spec.num_gpus == template.num_gpus]
+            shares = lanes(mine, self.options.gpus)
+            # Cores are shared out even to a lane that ends early: the load of a cell must not depend on when it ran.
+            cores = share_cores(sorted(os.sched_getaffinity(0)), len(shares))
+            with ThreadPoolExecutor(len(shares)) as pool:
+                futures = [pool.submit(self._run_lane, *pair) for pair in zip(shares, cores)]
+                try:
+                    for future in futures:
+                        future.result()
+                except BaseException:
+                    self.limit.stop()  # and the pool waits until the lanes have ended their processes
+                    raise
+
+    def _run_lane(self, specs: list[Spec], cores: list[int]) -> None:
+        os.sched_setaffinity(0, cores)  # of this thread, so of the processes that it starts
         for spec in specs:
             waiting = spec.batches
-            while waiting and self._has_time():
-                waiting = run_process(dataclasses.replace(spec, batches=waiting), self.events, deadline=self.deadline)
+            while waiting and self.limit.has_time_to_start():
+                waiting = run_process(dataclasses.replace(spec, batches=waiting), self.events, self.limit)
 
-    def _has_time(self) -> bool:
-        return self.deadline is None or time.monotonic() < self.deadline - 15
+    def _cell_started(self, spec: Spec, batch_size: int) -> None:
+        with self._lock:
+            self.progress.cell_started(spec, batch_size)
 
     def _finished(self, row: Row) -> None:
-        self.rows[row.key] = row
-        order = sorted(self.rows.values(), key=lambda r: (r.round, r.num_gpus, r.gpu_memory_limit_gib))
-        write_rows(self.csv, order)
-        self.progress.cell_finished(row)
+        with self._lock:
+            self.rows[row.key] = row
+            write_rows(self.csv, sorted(self.rows.values(), key=self._place))
+            self.progress.cell_finished(row)
+
+    def _place(self, row: Row) -> tuple[Any, ...]:
+        """Where a row stands in the CSV: the same whichever lane was faster."""
+        model = self.wanted.models.index(row.model) if row.model in self.wanted.models else len(self.wanted.models)
+        engine = ENGINES.index(row.engine)
+        return row.round, row.num_gpus, row.gpu_memory_limit_gib, model, row.model, engine, row.batch_size
 
     def _machine(self, facts: dict[str, object]) -> None:
+        with self._lock:
+            self._write_machine(facts)
+
+    def _write_machine(self, facts: dict[str, object]) -> None:
+        template = self.templates[0]
         path = self.out / MACHINE_NAME
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"machines": []}
         if facts not in known["machines"]:
             known["machines"].append(facts)
-        known["text"] = os.path.basename(os.path.dirname(self.template.train_file))
-        known["max_length"], known["seed"] = self.template.max_length, self.template.seed
+        known["text"] = os.path.basename(os.path.dirname(template.train_file))
+        known["max_length"], known["seed"] = template.max_length, template.seed
         self.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
+def share_cores(cores: list[int], num_shares: int) -> list[list[int]]:
+    """Neighbours stay together: on a machine of several sockets the first half is one of them."""
+    each = max(1, len(cores) // max(1, num_shares))
+    return [cores[number * each : (number + 1) * each] or cores for number in range(num_shares)]
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # measuring processes have sessions of their own: end them, then go
     sys.exit(exit_code_of(main, "experiments.py"))

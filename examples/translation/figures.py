@@ -2,10 +2,11 @@
 
     python examples/translation/figures.py [--csv results/sweep.csv] [--out results/figures]
 
-gpu_memory, cpu_utilisation, epoch_time     over batch size, a panel a model, a line an engine
+gpu_memory, cpu_utilisation, epoch_time     the article's figures 4, 5, 6: over batch size, a panel a model
 overview                                    memory and time of the largest model: the two numbers that matter
-two_gpus_memory, two_gpus_time              the same with two GPUs, once the CSV has rows with num_gpus 2
-one_and_two_gpus                            time with one and with two GPUs
+two_gpus_memory, two_gpus_time              its figures 7 and 8, once the CSV has rows with num_gpus 2
+one_and_two_gpus                            its figure 9: time with one GPU and with two
+saved                                       what the engine saves and costs, with one GPU and with two, as ratios
 
 PNG and SVG. Colours are Okabe and Ito's, told apart by colour-blind readers, and every line has a marker of its own.
 """
@@ -27,7 +28,8 @@ from errors import UserError, exit_code_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from measure.rows import OK, OUT_OF_MEMORY, Row, read_rows
+from measure.rows import OK, OUT_OF_MEMORY, Row, read_rows, side_by_side
+from measure.spec import PLAIN, ZERO
 
 HERE = Path(__file__).resolve().parent
 CSV = HERE / "results" / "sweep.csv"
@@ -39,13 +41,22 @@ class Style(NamedTuple):
     colour: str
     marker: str
     line: str
+    width: float = 2
+    size: float = 7
 
 
 STYLES = {
     "plain": Style("Trainer alone", "#D55E00", "o", "-"),
+    "data_parallel": Style("Trainer alone, one process (DataParallel)", "#CC79A7", "D", "-."),
+    "deepspeed": Style("ZeRO-2 + offload (DeepSpeed)", "#009E73", "^", "--", width=2.5, size=10),
     "zero2_offload": Style("ZeRO-2 + offload (this engine)", "#0072B2", "s", "-"),
-    "deepspeed": Style("ZeRO-2 + offload (DeepSpeed)", "#009E73", "^", "--"),
 }
+"""In the order of drawing: what lies below is wider, so that equal lines are both seen."""
+OF_SEVERAL = {"plain": "Trainer alone, a process a GPU (DDP)"}
+"""Labels that differ with several GPUs."""
+HOLLOW = {"markerfacecolor": "white", "markeredgewidth": 2}
+"""Markers of two GPUs where one GPU is drawn beside them."""
+BATCHES = [2**power for power in range(9)]
 MODEL_ORDER = ("t5-demo", "t5-small", "t5-base", "t5-large")
 FONT = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -64,7 +75,13 @@ MEMORY = Quantity("gpu_memory", "Peak GPU memory", "GPU memory allocated, GiB", 
 CPU = Quantity(
     "cpu_utilisation", "Processor load", "CPU utilisation, % of all cores", lambda row: row.cpu_percent_mean, None
 )
-TIME = Quantity("epoch_time", "Time of one epoch", "seconds", lambda row: row.epoch, 10)
+TIME = Quantity("epoch_time", "Time of one epoch", "seconds an epoch", lambda row: row.epoch, 10)
+MEMORY_OF_BOTH = MEMORY._replace(
+    name="two_gpus_memory",
+    title="Peak GPU memory, both GPUs added up",
+    label="GPU memory, sum of both, GiB",
+    value=lambda row: row.gpu_allocated_sum_gib,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,9 +106,10 @@ def draw_all(rows: Sequence[Row], out: Path) -> list[Path]:
             figures[quantity.name] = over_batch_size(one, quantity)
         figures["overview"] = overview(one)
         if two:
-            figures["two_gpus_memory"] = over_batch_size(two, MEMORY, note="two GPUs, each")
-            figures["two_gpus_time"] = over_batch_size(two, TIME, note="two GPUs")
+            figures["two_gpus_memory"] = over_batch_size(two, MEMORY_OF_BOTH)
+            figures["two_gpus_time"] = over_batch_size(two, TIME)
             figures["one_and_two_gpus"] = one_and_two(one, two)
+            figures["saved"] = saved(one, two)
         paths = [path for name, figure in figures.items() if figure is not None for path in save(figure, out / name)]
     plt.close("all")
     return paths
@@ -111,21 +129,21 @@ def _models(rows: Sequence[Row]) -> list[str]:
     return sorted(found, key=lambda name: (MODEL_ORDER.index(name) if name in MODEL_ORDER else 99, name))
 
 
-def over_batch_size(rows: Sequence[Row], quantity: Quantity, note: str = "") -> Figure | None:
+def over_batch_size(rows: Sequence[Row], quantity: Quantity) -> Figure | None:
     """A panel a model, a line an engine; None if nothing was measured."""
     if not any(quantity.value(row) is not None for row in rows):
         return None
     models = _models(rows)
     figure, panels = plt.subplots(
-        1, len(models), figsize=(5.2 * len(models), 4.4), sharey=True, squeeze=False, layout="constrained"
+        1, len(models), figsize=(max(7.5, 5.2 * len(models)), 4.4), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, model in zip(panels[0], models):
         mine = [row for row in rows if row.model == model]
         _panel(axes, mine, quantity)
         axes.set_title(f"{model}{_size(mine)}")
+    _finish(panels[0], quantity, [[row for row in rows if row.model == model] for model in models])
     panels[0][0].set_ylabel(quantity.label)
-    subject = f"{quantity.title} ({note})" if note else quantity.title
-    figure.suptitle(f"{subject} over batch size\n{_conditions(rows)}", fontsize=12)
+    figure.suptitle(f"{quantity.title}, over batch size\n{_conditions(rows)}", fontsize=12)
     _legend(figure, panels[0])
     return figure
 
@@ -139,6 +157,7 @@ def overview(rows: Sequence[Row]) -> Figure | None:
     figure, panels = plt.subplots(1, 2, figsize=(10.4, 4.4), squeeze=False, layout="constrained")
     for axes, quantity in zip(panels[0], (MEMORY, TIME)):
         _panel(axes, mine, quantity)
+        _finish([axes], quantity, [mine])
         axes.set_title(quantity.title)
         axes.set_ylabel(quantity.label)
     figure.suptitle(f"{models[-1]}{_size(mine)}: {_conditions(mine)}", fontsize=12)
@@ -150,43 +169,121 @@ def one_and_two(one: Sequence[Row], two: Sequence[Row]) -> Figure:
     """Time of an epoch over the batch size of all GPUs together, one and two of them."""
     models = _models(two)
     figure, panels = plt.subplots(
-        1, len(models), figsize=(5.2 * len(models), 4.4), sharey=True, squeeze=False, layout="constrained"
+        1, len(models), figsize=(max(7.5, 5.2 * len(models)), 4.8), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, model in zip(panels[0], models):
-        for number, rows, line in ((1, one, "-"), (2, two, ":")):
-            mine = [row for row in rows if row.model == model]
-            _panel(axes, mine, TIME, scale=number, line=line, suffix=f", {number} GPU{'s' if number > 1 else ''}")
-        axes.set_title(model)
-        axes.set_xlabel("batch size, all GPUs together")
+        for number, rows in ((1, one), (2, two)):
+            mine = [row for row in rows if row.model == model and row.engine in (PLAIN, ZERO)]
+            _panel(axes, mine, TIME, num_gpus=number)
+        axes.set_title(f"{model}{_size([row for row in two if row.model == model])}")
+        axes.set_xlabel("batch size of a step, all GPUs together")
+    _finish(panels[0], TIME)
     panels[0][0].set_ylabel(TIME.label)
-    figure.suptitle(f"Time of one epoch with one GPU and with two\n{_conditions(two)}", fontsize=12)
+    figure.suptitle(f"Time of one epoch, one GPU and two\n{_conditions([*one, *two])}", fontsize=12)
     _legend(figure, panels[0])
     return figure
 
 
-def _panel(
-    axes: Axes, rows: Sequence[Row], quantity: Quantity, *, scale: int = 1, line: str | None = None, suffix: str = ""
-) -> None:
-    failed: list[tuple[int, str]] = []
+def saved(one: Sequence[Row], two: Sequence[Row]) -> Figure | None:
+    """This engine over the Trainer alone, memory above and time below: what is under the line at 1 is less."""
+    models = [model for model in _models(two) if _ratios([row for row in two if row.model == model], TIME)]
+    if not models:
+        return None
+    figure, panels = plt.subplots(
+        2,
+        len(models),
+        figsize=(max(7.5, 5.2 * len(models)), 7.2),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    style = STYLES[ZERO]
+    for line, (quantity, label) in enumerate(((MEMORY_OF_BOTH, "GPU memory"), (TIME, "time"))):
+        ratio = quantity._replace(log_base=None)
+        panels[line][0].set_ylabel(f"{label}, ratio")
+        for axes, model in zip(panels[line], models):
+            for number, rows in ((1, one), (2, two)):
+                points = _ratios([row for row in rows if row.model == model], quantity)
+                if not points:
+                    continue
+                look: dict[str, Any] = HOLLOW if number == 2 else {}
+                axes.plot(
+                    *zip(*points),
+                    color=style.colour,
+                    marker=style.marker,
+                    markersize=7,
+                    linewidth=2,
+                    linestyle="-" if number == 1 else ":",
+                    label=_gpus(number),
+                    **look,
+                )
+            _scales(axes, ratio, BATCHES)
+            axes.axhline(1.0, color="#555555", linewidth=1.5)
+            axes.set_title(model if line == 0 else "")
+            axes.set_xlabel("batch size per GPU" if line == 1 else "")
+        _finish(panels[line], ratio)
+    figure.suptitle(
+        f"This engine over the Trainer alone: below 1 is less memory, or faster\n{_conditions([*one, *two])}",
+        fontsize=12,
+    )
+    _legend(figure, panels[0])
+    return figure
+
+
+def _ratios(rows: Sequence[Row], quantity: Quantity) -> list[tuple[int, float]]:
+    """(batch size per GPU, this engine over the Trainer alone) where both were measured."""
+    plain, ours = (dict(_medians([row for row in rows if row.engine == engine], quantity)) for engine in (PLAIN, ZERO))
+    return [(batch, value / plain[batch]) for batch, value in ours.items() if batch in plain]
+
+
+def _gpus(number: int) -> str:
+    return {1: "one GPU", 2: "two GPUs"}.get(number, f"{number} GPUs")
+
+
+def _panel(axes: Axes, rows: Sequence[Row], quantity: Quantity, *, num_gpus: int | None = None) -> None:
+    """A line an engine. With ``num_gpus`` lines of several numbers share the panel, over the batch of all GPUs."""
+    scale = num_gpus or 1
+    look: dict[str, Any] = {} if scale == 1 else HOLLOW
+    several = any(row.num_gpus > 1 for row in rows)
     for engine, style in STYLES.items():
-        mine = [row for row in rows if row.engine == engine]
-        points = _medians(mine, quantity)
+        points = _medians([row for row in rows if row.engine == engine], quantity)
         if points:
+            label = OF_SEVERAL.get(engine, style.label) if several and num_gpus is None else style.label
             axes.plot(
                 [batch * scale for batch, _ in points],
                 [value for _, value in points],
                 color=style.colour,
-                marker=style.marker if scale == 1 else {"o": "P", "s": "D", "^": "v"}[style.marker],
-                linestyle=line or style.line,
-                linewidth=2,
-                markersize=7,
-                label=style.label + suffix,
+                marker=style.marker,
+                linestyle=style.line if num_gpus is None else "-" if scale == 1 else ":",
+                linewidth=style.width,
+                markersize=style.size,
+                label=label if num_gpus is None else f"{label}, {_gpus(scale)}",
+                **look,
             )
-        measured = {batch for batch, _ in points}
-        lost = {row.batch_size for row in mine if row.status == OUT_OF_MEMORY} - measured
-        failed.extend((batch * scale, engine) for batch in sorted(lost))
     _scales(axes, quantity, [row.batch_size * scale for row in rows])
-    _mark_out_of_memory(axes, failed)
+    if several:
+        axes.set_xlabel("batch size per GPU")
+
+
+def _finish(panels: Sequence[Axes], quantity: Quantity, rows_of: Sequence[Sequence[Row]] = ()) -> None:
+    """What needs all lines of panels that share an axis: its range, and the crosses of cells without memory."""
+    lost = [_out_of_memory(rows) for rows in rows_of]
+    room = 0.12 if any(lost) else 0.0
+    if quantity.log_base is None:
+        most = max((max(line.get_ydata()) for axes in panels for line in axes.get_lines()), default=1.0)
+        panels[0].set_ylim(0, most * (1.06 + room))
+    elif room:
+        low, high = panels[0].get_ylim()
+        panels[0].set_ylim(low, high * (high / low) ** room)
+    for axes, cells in zip(panels, lost):
+        _mark_out_of_memory(axes, cells)
+
+
+def _out_of_memory(rows: Sequence[Row]) -> list[tuple[int, str]]:
+    """(batch size, engine) of the cells that ran out of memory in every round."""
+    measured = {(row.batch_size, row.engine) for row in rows if row.status == OK}
+    return sorted({(row.batch_size, row.engine) for row in rows if row.status == OUT_OF_MEMORY} - measured)
 
 
 def _medians(rows: Sequence[Row], quantity: Quantity) -> list[tuple[int, float]]:
@@ -214,9 +311,6 @@ def _mark_out_of_memory(axes: Axes, failed: Sequence[tuple[int, str]]) -> None:
             linestyle="none",
             label="out of memory",
         )
-    if failed:
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high * (high / low) ** 0.12 if axes.get_yscale() == "log" else high + 0.12 * (high - low))
 
 
 def _scales(axes: Axes, quantity: Quantity, batches: Sequence[int]) -> None:
@@ -233,8 +327,6 @@ def _scales(axes: Axes, quantity: Quantity, batches: Sequence[int]) -> None:
         )
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.set_ylim(bottom=0)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
 
@@ -262,10 +354,18 @@ def _size(rows: Sequence[Row]) -> str:
 def _conditions(rows: Sequence[Row]) -> str:
     """What every figure must say about its origin, from the rows themselves."""
     good = [row for row in rows if row.status == OK]
-    devices = sorted({row.device for row in good if row.device})
-    samples = sorted({row.num_samples for row in good if row.num_samples})
-    precision = sorted({row.precision for row in good if row.precision})
-    return ", ".join([*devices, *precision, *(f"{number:,} sentence pairs" for number in samples)])
+    devices: dict[str, list[int]] = {}
+    for number, device in sorted({(row.num_gpus, row.device) for row in good}):
+        devices.setdefault(device, []).append(number)
+    parts = []
+    for device, numbers in devices.items():
+        counts = " and ".join(map(str, numbers))
+        parts.append(device if numbers == [1] else f"{counts} x {device}")
+    parts += sorted({row.precision for row in good if row.precision})
+    parts += [f"{number:,} sentence pairs" for number in sorted({row.num_samples for row in good if row.num_samples})]
+    text = ", ".join(parts)
+    together = max((row.num_side_by_side for row in good), default=1)
+    return text if together == 1 else f"{text}\n{side_by_side(together)}"
 
 
 if __name__ == "__main__":

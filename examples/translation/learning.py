@@ -6,11 +6,12 @@ scheduler section)::
     python examples/translation/learning.py                                       # the corpus that this example ships
     python examples/translation/learning.py --train MIX.json --test newstest2016=TEST.json --tokenizer DIR
 
-Writes results/learning.json and results/figures/learning.png (and .svg). On one H200, both engines side by side (their
-speed is not the subject), within a time::
+Writes results/learning.json and results/figures/learning.png (and .svg). Both engines side by side (their speed is not
+the subject), within a time, on one GPU or, with ``--gpus 0,1``, on a GPU each; about 40 s of starting and of last
+translations come on top::
 
     python examples/translation/learning.py --train DATA/mix/train_mix.json \\
-        --test newstest2016=DATA/wmt16_en_ro/test.json --tokenizer DATA/tokenizer_t5 --max-seconds 240 --side-by-side
+        --test newstest2016=DATA/wmt16_en_ro/test.json --tokenizer DATA/tokenizer_t5 --side-by-side --max-seconds 240
 
 Training text and test text are written with the comma below (ș, ț), as newstest2016 is.
 """
@@ -29,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, exit_code_of
-from experiments import RESULTS, find_text
-from measure.child import child_environment
+from experiments import RESULTS, find_text, names_of
+from measure.launch import child_environment, visible_gpus
 from measure.learn import LearnSpec
-from measure.spec import ENGINES, PLAIN, ZERO
+from measure.learned import NAMES
+from measure.spec import PLAIN, ZERO
 
 SMALLER = {
     "num_layers": 4, "num_decoder_layers": 4, "d_ff": 1024, "feed_forward_proj": "gated-gelu",
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         specs = [replace(spec, engine=engine) for engine in options.engines]
         groups = [specs] if options.side_by_side else [[one] for one in specs]
         for group in groups:
-            run_together(group, outs, options.max_seconds)
+            run_together(group, outs, options)
         runs = [json.loads(out.read_text(encoding="utf-8")) for out in outs.values() if out.is_file()]
     if not runs:
         raise UserError("no run came to its end; see the messages above.")
@@ -73,7 +75,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokenizer", type=Path, help="folder of T5's tokenizer")
     add("--hold-out", type=int, default=300, help="training pairs kept for a test set of the same kind; 0 for none")
     add("--max-test-pairs", type=int, default=500, help="of each file of --test")
-    add("--engines", default=f"{PLAIN},{ZERO}", type=lambda text: text.split(","), help=f"of {', '.join(ENGINES)}")
+    add("--engines", default=f"{PLAIN},{ZERO}", type=names_of, help=f"of {', '.join(NAMES)}")
     add("--model", default="t5-small", help="preset of models.py; t5-small is trained with fewer layers, see --whole")
     add("--whole", action="store_true", help="the preset as it is")
     add("--steps", type=int, default=4000)
@@ -84,10 +86,14 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-length", type=int, default=96, help="tokens to which both sides are cut")
     add("--max-seconds", type=float, default=0.0, help="stop a run after this time; 0: never")
     add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="on a GPU; a CPU trains in fp32")
-    add("--side-by-side", action="store_true", help="all engines at the same time on the same device")
+    add("--side-by-side", action="store_true", help="all engines at the same time, on the GPUs of --gpus in turn")
+    add("--gpus", type=names_of, default=[], help="GPUs for --side-by-side, such as 0,1; default: all on the first")
     add("--out", type=Path, default=RESULTS)
     add("--seed", type=int, default=42)
     options = parser.parse_args(argv)
+    unknown = set(options.engines) - set(NAMES)
+    if unknown:
+        raise UserError(f"--engines {','.join(sorted(unknown))}: there are {', '.join(NAMES)}.")
     if options.data is not None and options.tokenizer is None:
         raise UserError("--train needs --tokenizer: the folder of a tokenizer that knows this text, such as T5's.")
     if not options.hold_out and not options.test:
@@ -125,24 +131,37 @@ def make_spec(options: argparse.Namespace) -> LearnSpec:
     )
 
 
-def run_together(specs: Sequence[LearnSpec], outs: dict[str, Path], max_seconds: float) -> None:
+def run_together(specs: Sequence[LearnSpec], outs: dict[str, Path], options: argparse.Namespace) -> None:
     """Start a process each and wait for all; one that fails or hangs costs only its own curve."""
+    gpus = options.gpus or visible_gpus()[:1] or ["0"]
+    num_threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "measure.learn", json.dumps(asdict(spec)), str(outs[spec.engine])],
-            env={**child_environment(), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // len(specs)))},
+            env={
+                **child_environment(),
+                # One GPU each: the Trainer alone would drive all that it sees.
+                "CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)],
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(num_threads)),
+            },
         )
-        for spec in specs
+        for number, spec in enumerate(specs)
     ]
-    limit = 2 * max_seconds + START_SECONDS if max_seconds else None
-    for process, spec in zip(processes, specs):
-        try:
-            code: object = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
+    limit = 1.5 * options.max_seconds + START_SECONDS if options.max_seconds else None
+    try:
+        for process, spec in zip(processes, specs):
+            code: object
+            try:
+                code = process.wait(timeout=limit)
+            except subprocess.TimeoutExpired:
+                code = f"none after {limit:.0f} s, ended"
+                process.kill()
+            if code != 0:
+                print(f"{spec.engine}: exit code {code}", file=sys.stderr, flush=True)
+    finally:
+        for process in processes:
             process.kill()
-            code = process.wait()
-        if code != 0:
-            print(f"{spec.engine}: exit code {code}", file=sys.stderr, flush=True)
+            process.wait()
 
 
 def show(runs: Sequence[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import experiments
 import figures
@@ -18,11 +19,14 @@ from data import TokenisedPairs
 from errors import UserError
 from measure import texts
 from measure.child import Events, run_process
-from measure.findings import Cells, largest_batch, memory, speed
+from measure.findings import Cells, largest_batch, memory, speed, verdict
+from measure.findings_two import two_gpu_findings
+from measure.learned import distance, learning_section
 from measure.learning_figure import draw_learning
+from measure.limit import TimeLimit
 from measure.plan import Wanted, keys_of, plan
 from measure.rows import FAILED, OK, OUT_OF_MEMORY, Row, read_rows, write_rows
-from measure.spec import DEEPSPEED, PLAIN, ZERO, Spec
+from measure.spec import DATA_PARALLEL, DEEPSPEED, PLAIN, ZERO, Spec
 from measure.usage import _interpolate, _per_second, num_cores
 
 from tests.examples.conftest import Workspace
@@ -39,6 +43,7 @@ def _row(model: str, engine: str, batch: int, num_gpus: int = 1, **changes: obje
         "num_gpus": num_gpus, "device": "NVIDIA H200", "precision": "fp16", "num_parameters": int(size * 6e7),
         "num_samples": 9999, "epoch_steps": -(-9999 // (batch * num_gpus)), "measured_steps": 30,
         "step_seconds_median": step, "epoch_seconds_scaled": step * -(-9999 // (batch * num_gpus)),
+        "gpu_allocated_sum_gib": num_gpus * memory_gib,
         "gpu_allocated_gib": memory_gib, "gpu_reserved_gib": memory_gib + 0.5, "cpu_percent_mean": 7.0,
         "cpu_seconds_per_second": 1.1, "cpu_percent_per_second": "6.5;7.5", "loss_warmup": 10.25, "loss": 9.5,
     }  # fmt: skip
@@ -156,12 +161,12 @@ def test_death_of_a_process_is_a_row(workspace: Workspace, tmp_path: Path) -> No
     rows: list[Row] = []
     events = Events(lambda *_: None, rows.append, lambda _: None)
     lost = _template(workspace, tokenizer=str(tmp_path / "nothing"), batches=[2, 4])
-    assert run_process(lost, events) == []
+    assert run_process(lost, events, TimeLimit(None)) == []
     assert [(row.batch_size, row.status) for row in rows] == [(2, FAILED), (4, FAILED)]
     assert rows[0].error.startswith("before the first cell, exit code 1")
     rows.clear()
     # A batch of no rows cannot be: the process dies in its second cell and does not come to the third.
-    assert run_process(_template(workspace, batches=[2, 0, 4]), events) == [4]
+    assert run_process(_template(workspace, batches=[2, 0, 4]), events, TimeLimit(None)) == [4]
     assert [(row.batch_size, row.status) for row in rows] == [(2, OK), (0, FAILED)]
 
 
@@ -196,9 +201,29 @@ def test_sweep_measures_and_goes_on_where_it_was(
     assert all(again[row.key] == row for row in first), "cells in the file are not measured twice"
 
 
+@pytest.mark.slow
+def test_two_ranks_measure_the_losses_of_one(workspace: Workspace, tmp_path: Path) -> None:
+    common = [
+        "--data", str(workspace.files["train"]), "--tokenizer", str(workspace.tokenizer), "--models", "t5-demo",
+        "--steps", "2", "--samples", "64", "--max-length", "16", "--out", str(tmp_path),
+    ]  # fmt: skip
+    experiments.main([*common, "--num-gpus", "2", "--batches", "2,4"])
+    experiments.main([*common, "--engines", PLAIN, "--batches", "4"])
+    rows = {(row.engine, row.num_gpus, row.batch_size): row for row in read_rows(tmp_path / "sweep.csv")}
+    assert {row.status for row in rows.values()} == {OK}
+    one = rows[PLAIN, 1, 4]
+    for engine in (PLAIN, ZERO):
+        both = rows[engine, 2, 2]
+        assert both.epoch_steps == one.epoch_steps == 16
+        # The same batches in halves: a mean of means, so equal but for the number of tokens in each half.
+        assert both.loss_warmup == pytest.approx(one.loss_warmup, rel=0.02)
+
+
 def test_arguments_that_cannot_be_are_told() -> None:
     with pytest.raises(UserError, match="there are plain, zero2_offload, deepspeed"):
         experiments.parse_options(["--engines", "magic"])
+    with pytest.raises(UserError, match="--num-gpus 2: --gpus names only 1"):
+        experiments.parse_options(["--num-gpus", "1,2", "--gpus", "0"])
     with pytest.raises(UserError, match="--data needs --tokenizer"):
         experiments.parse_options(["--data", "somewhere"])
     with pytest.raises(UserError, match="no file"):
@@ -215,7 +240,7 @@ def test_every_figure_is_drawn_for_which_there_are_rows(tmp_path: Path) -> None:
     assert {path.stem for path in figures.draw_all(_sweep(), tmp_path)} == one
     both = [*_sweep(engines=(PLAIN, ZERO, DEEPSPEED)), *_sweep(num_gpus=2)]
     drawn = figures.draw_all(both, tmp_path / "two")
-    assert {path.stem for path in drawn} == one | {"two_gpus_memory", "two_gpus_time", "one_and_two_gpus"}
+    assert {path.stem for path in drawn} == one | {"two_gpus_memory", "two_gpus_time", "one_and_two_gpus", "saved"}
     assert {path.suffix for path in drawn} == {".png", ".svg"}
     assert all(path.stat().st_size > 5000 for path in drawn)
 
@@ -252,6 +277,7 @@ def test_page_is_written_from_the_rows(tmp_path: Path) -> None:
     assert "(results/figures/gpu_memory.png)" in page
     assert "| 256 | out of memory |" in page
     assert "Is it learned" not in page, "no runs, no section"
+    assert "Two GPUs were not measured" in page
 
 
 def test_page_refuses_to_be_written_without_measurements(tmp_path: Path) -> None:
@@ -273,7 +299,69 @@ def test_findings_may_disagree_with_the_article() -> None:
     assert "slower at small batches: agrees" in speed(Cells(slow))
 
 
+def test_findings_of_two_gpus_are_read_off_the_rows() -> None:
+    one, two = Cells(_sweep()), Cells(_sweep(num_gpus=2), num_gpus=2)
+    (none,) = two_gpu_findings(one, Cells(_sweep(), num_gpus=2))
+    assert "Two GPUs were not measured" in none
+    equal = two_gpu_findings(one, two)
+    assert "saved on two GPUs than on one: does not agree" in equal[0], "the same share is not more"
+    assert "above a batch of about 52: does not agree" in equal[1], "the same time is not faster"
+    assert "t5-base is not faster at the largest batch size that both reach, 128" in equal[1]
+    assert equal[2].count("(median 2.00) times as fast") == 2
+
+    def better(row: Row) -> Row:
+        if row.engine != ZERO or row.status != OK:
+            return row
+        faster = 0.9 if row.batch_size >= 32 else 1.2
+        less = {"gpu_allocated_sum_gib": 0.5 * (row.gpu_allocated_sum_gib or 0)}
+        return dataclasses.replace(row, epoch_seconds_scaled=faster * (row.epoch_seconds_scaled or 0), **less)
+
+    found = two_gpu_findings(one, Cells([better(row) for row in _sweep(num_gpus=2)], num_gpus=2))
+    assert "saved on two GPUs than on one: agrees" in found[0]
+    assert "above a batch of about 52: agrees" in found[1]
+    assert "t5-small is faster from batch 32 on" in found[1]
+    assert "DataParallel" not in found[1]
+    engines = (PLAIN, ZERO, DATA_PARALLEL)
+    assert "DataParallel): against that" in two_gpu_findings(one, Cells(_sweep(2, engines), num_gpus=2))[1]
+
+
+def test_nothing_measured_is_no_agreement() -> None:
+    assert verdict(0, 0) == "not measured"
+    assert verdict(3, 3) == "agrees"
+    assert verdict(0, 3) == "does not agree"
+    assert verdict(2, 3) == "agrees in 2 of 3 cells"
+
+
+def test_panels_of_a_figure_show_all_of_the_larger_one() -> None:
+    rows = [dataclasses.replace(r, cpu_percent_mean=90.0 if r.model == "t5-base" else 5.0) for r in _sweep()]
+    figure = figures.over_batch_size(rows, figures.CPU)
+    assert figure is not None
+    assert all(axes.get_ylim()[1] > 90 for axes in figure.axes)
+
+
 # ------------------------------------------------------------------ learning
+
+
+def _run(engine: str, loss: float, bleu: float) -> dict[str, Any]:
+    return {
+        "engine": engine, "num_parameters": 3e7, "num_train_pairs": 900, "batch_size": 8, "precision": "bf16",
+        "steps": 40, "loss": [[20, loss], [40, loss / 2]], "bleu": {"newstest2016": [[40, bleu]]},
+        "examples": [{"source": "a", "translation": "b", "reference": "c"}],
+    }  # fmt: skip
+
+
+def test_curves_are_the_same_within_what_the_page_says() -> None:
+    plain = _run(PLAIN, 4.0, 10.0)
+    near, far, worse = _run(ZERO, 4.04, 11.0), _run(ZERO, 4.4, 10.0), _run(ZERO, 4.0, 7.0)
+    assert distance(plain, near) == pytest.approx((0.01, 2, 1.0))
+    assert distance(plain, near).is_same
+    assert not distance(plain, far).is_same
+    assert not distance(plain, worse).is_same
+    near["loss"].pop()
+    assert distance(plain, near).num_entries == 1, "a run that stopped sooner is compared as far as it went"
+    assert "**The same curve with and without the engine: Yes.**" in learning_section({"runs": [plain, near]})
+    assert "engine: No.**" in learning_section({"runs": [plain, far]})
+    assert "same curve" not in learning_section({"runs": [plain]})
 
 
 @pytest.mark.slow
@@ -292,5 +380,5 @@ def test_learning_gives_the_same_curve_with_and_without(workspace: Workspace, tm
     assert [step for step, _ in ours["bleu"]["other"]] == [3, 6]
     assert len(ours["examples"]) == 3
     assert {path.name for path in draw_learning([plain, ours], tmp_path)} == {"learning.png", "learning.svg"}
-    section = report.learning_section({"runs": [plain, ours]})
+    section = learning_section({"runs": [plain, ours]})
     assert section.count("translated:") == 3

@@ -8,7 +8,9 @@
     usage.py   memory and processor time, sampled while a cell runs
     cell.py    the process that trains: one model, one engine, some batch sizes
     clock.py   the Trainer callback that times the steps
-    plan.py    which cells are still to be measured, and in which processes
-    child.py   starting such a process, reading its results, surviving its death
+    plan.py    which cells are still to be measured, in which processes, and what runs side by side
+    child.py   following such a process, reading its results, surviving its death
+    launch.py  the processes themselves, one a rank; limit.py, the time limit of a sweep
+    findings.py, findings_two.py    the article's findings held against the rows, with one GPU and with two
     progress.py, learn.py, learning_figure.py    the live table; the process of ../learning.py; its figure
 """

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from measure.rows import OUT_OF_MEMORY, Row
-from measure.spec import CONFIG, MAX_MEASURED, NUM_WARMUP, PLAIN, ZERO, Spec
+from measure.spec import CONFIG, MAX_MEASURED, NUM_WARMUP, TRAINER_ALONE, ZERO, Spec
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainer, TrainerCallback
@@ -104,6 +104,7 @@ class Materials:
         from measure import texts
 
         tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
+        texts.check_vocabulary(tokenizer, PRESETS[spec.model], spec.model)
         pairs = texts.read_pairs(Path(spec.train_file), spec.num_samples)
         self.pairs = texts.tokenised(pairs, tokenizer, spec.max_length)
         self.collator = texts.collator(tokenizer)
@@ -125,9 +126,9 @@ def measure(spec: Spec, batch_size: int, materials: Materials) -> Row:
             raise
         traceback.clear_frames(error.__traceback__)
         row = spec.row(batch_size, status=OUT_OF_MEMORY, error=str(error).splitlines()[0][:160])
-        if spec.num_gpus > 1:
+        if spec.num_ranks > 1:
             say("RESULT", asdict(row))
-            os._exit(3)  # the other ranks wait for this one: the launcher ends them
+            os._exit(3)  # the other ranks wait for this one: the parent process ends them
     row.seconds = time.perf_counter() - started
     return row
 
@@ -144,8 +145,8 @@ def train_and_measure(spec: Spec, batch_size: int, materials: Materials) -> Row:
 
     from measure import texts
     from measure.clock import Clock
+    from measure.usage import gpus_of
 
-    cuda = torch.cuda.is_available()
     step_rows = batch_size * spec.num_gpus
     longest = NUM_WARMUP + (spec.steps or MAX_MEASURED)
     if spec.full:
@@ -154,8 +155,8 @@ def train_and_measure(spec: Spec, batch_size: int, materials: Materials) -> Row:
     else:
         schedule = texts.sampled_epoch(materials.pairs, step_rows, longest, spec.seed)
         num_warmup, most = NUM_WARMUP, longest
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    for gpu in gpus_of(spec):
+        torch.cuda.reset_peak_memory_stats(gpu)
     clock = Clock(spec, num_warmup=num_warmup)
     trainer = build_trainer(spec, batch_size, most, texts.Chosen(materials.pairs, schedule.rows), materials, clock)
     clock.trainer = trainer
@@ -177,7 +178,7 @@ def build_trainer(
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     cuda = torch.cuda.is_available()
-    config = None if spec.engine == PLAIN else json.loads(CONFIG.read_text(encoding="utf-8"))
+    config = None if spec.engine in TRAINER_ALONE else json.loads(CONFIG.read_text(encoding="utf-8"))
     arguments = Seq2SeqTrainingArguments(
         output_dir=os.path.join(tempfile.gettempdir(), f"translation_sweep_{os.getpid()}"),
         per_device_train_batch_size=batch_size,
@@ -193,6 +194,9 @@ def build_trainer(
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=cuda,
+        # T5's loss is a mean over its own tokens whatever the others have; the Trainer takes it for a share of a sum
+        # over all ranks, and would multiply it by their number.
+        average_tokens_across_devices=False,
         deepspeed=config,
         use_cpu=not cuda and config is None,
     )
@@ -232,11 +236,10 @@ def to_row(spec: Spec, batch_size: int, trainer: Seq2SeqTrainer, clock: Any, epo
     cuda = torch.cuda.is_available()
     usage, steps = clock.usage, clock.step_seconds
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), clock.device_used] if cuda else []
-    cpu_s, *peaks = over_ranks(spec, usage.cpu_s, [*memory, usage.rss_bytes])
-    median, cores = statistics.median(steps), num_cores()
-    busy = cpu_s / usage.wall_s
+    ranks = over_ranks(spec, [usage.cpu_s, usage.rss_bytes / GIB])
+    busy, cores = sum(cpu_s for cpu_s, _ in ranks) / usage.wall_s, num_cores()
     share = busy / max(usage.cpu_s / usage.wall_s, 1e-9)
+    median = statistics.median(steps)
     return spec.row(
         batch_size,
         device=torch.cuda.get_device_name() if cuda else "cpu",
@@ -252,34 +255,50 @@ def to_row(spec: Spec, batch_size: int, trainer: Seq2SeqTrainer, clock: Any, epo
         epoch_seconds=clock.train_seconds if spec.full else None,
         epoch_seconds_scaled=median * epoch_steps,
         samples_per_second=batch_size * spec.num_gpus / median,
-        gpu_allocated_gib=peaks[0] / GIB if cuda else None,
-        gpu_reserved_gib=peaks[1] / GIB if cuda else None,
-        gpu_device_gib=peaks[2] / GIB if cuda else None,
         num_cores=cores,
         cpu_percent_mean=100 * busy / cores,
         cpu_percent_machine=usage.machine_percent,
         cpu_percent_per_second=";".join(f"{100 * share * value / cores:.1f}" for value in usage.cores_per_second),
         cpu_seconds_per_second=busy,
-        host_rss_gib=peaks[-1] / GIB,
+        host_rss_gib=max(rss for _, rss in ranks),
         loss_warmup=losses[0] if losses else None,
         loss=losses[-1] if losses else None,
         skipped_steps=clock.num_skipped,
+        **gpu_memory(spec, clock.device_used),
     )
 
 
-def over_ranks(spec: Spec, summed: float, largest: list[float]) -> list[float]:
-    """``summed`` added up over the ranks, then the largest of each of ``largest``."""
-    if spec.num_gpus == 1:
-        return [summed, *largest]
+def gpu_memory(spec: Spec, device_used: dict[int, int]) -> dict[str, float]:
+    """The row's columns of GPU memory, GiB: the largest of the GPUs, and all of them added up."""
+    import torch
+
+    from measure.usage import GIB, gpus_of
+
+    mine = [
+        (torch.cuda.max_memory_allocated(gpu), torch.cuda.max_memory_reserved(gpu), device_used[gpu])
+        for gpu in gpus_of(spec)
+    ]
+    if not mine:
+        return {}
+    # Several GPUs in this process, or one in each of several ranks.
+    peaks = mine if len(mine) > 1 else over_ranks(spec, list(mine[0]))
+    columns = dict(zip(("allocated", "reserved", "device"), zip(*peaks)))
+    largest = {f"gpu_{name}_gib": max(values) / GIB for name, values in columns.items()}
+    return largest | {f"gpu_{name}_sum_gib": sum(values) / GIB for name, values in columns.items()}
+
+
+def over_ranks(spec: Spec, values: list[float]) -> list[list[float]]:
+    """``values`` of every rank."""
+    if spec.num_ranks == 1:
+        return [values]
     import torch
     import torch.distributed as dist
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = torch.tensor([summed], dtype=torch.float64, device=device)
-    peaks = torch.tensor(largest, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-    return [*total.tolist(), *peaks.tolist()]
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(spec.num_ranks)]
+    dist.all_gather(gathered, mine)
+    return [tensor.tolist() for tensor in gathered]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from measure.spec import MAX_MEASURED, MIN_MEASURED, NUM_GUESS, Spec
-from measure.usage import Sampler, Usage
+from measure.usage import Sampler, Usage, gpus_of
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainer, TrainerControl, TrainerState
@@ -26,8 +26,10 @@ class Clock(TrainerCallback):
         self.num_skipped = 0
         self.train_seconds = 0.0
         self.usage: Usage
-        self.device_used = 0
-        self._sampler = Sampler()
+        self.device_used: dict[int, int] = {}
+        """GPU -> most bytes that it reported as used."""
+        self._gpus = gpus_of(spec)
+        self._sampler = Sampler(self._gpus)
         self._stamps: list[float] = []
         self._last = -1
         """Number of the step after which the cell is over."""
@@ -68,7 +70,7 @@ class Clock(TrainerCallback):
         guess = (self._stamps[-1] - self._stamps[-1 - NUM_GUESS]) / NUM_GUESS
         left = self.spec.cell_seconds - (time.perf_counter() - self._started)
         number = max(MIN_MEASURED, min(MAX_MEASURED, int(left / guess)))
-        if self.spec.num_gpus > 1:
+        if self.spec.num_ranks > 1:
             import torch.distributed as dist
 
             agreed = torch.tensor([number], device="cuda" if torch.cuda.is_available() else "cpu")
@@ -89,5 +91,5 @@ class Clock(TrainerCallback):
         wait = getattr(self.trainer.model_wrapped, "synchronize", None)
         if callable(wait):
             wait()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        for gpu in self._gpus:
+            torch.cuda.synchronize(gpu)

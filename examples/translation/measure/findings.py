@@ -14,15 +14,17 @@ CARDS_GIB = (16, 24, 40, 80)
 
 
 class Cells:
-    """Rows of one GPU without a memory limit, by (model, engine) and batch size; medians over rounds."""
+    """Rows of one number of GPUs, by (model, engine) and batch size per GPU; medians over rounds."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.single = [row for row in rows if row.num_gpus == 1 and not row.gpu_memory_limit_gib]
-        self.limited = [row for row in rows if row.num_gpus == 1 and row.gpu_memory_limit_gib]
+    def __init__(self, rows: Sequence[Row], num_gpus: int = 1) -> None:
+        self.num_gpus = num_gpus
+        mine = [row for row in rows if row.num_gpus == num_gpus]
+        self.rows = [row for row in mine if not row.gpu_memory_limit_gib]
+        self.limited = [row for row in mine if row.gpu_memory_limit_gib]
 
     def models(self) -> list[str]:
         """Those measured both with and without the engine, in the order of the file."""
-        names = dict.fromkeys(row.model for row in self.single)
+        names = dict.fromkeys(row.model for row in self.rows)
         return [
             name
             for name in names
@@ -32,7 +34,7 @@ class Cells:
     def of(self, model: str, engine: str) -> dict[int, Row]:
         """Batch size -> row; of several rounds the one with the median epoch."""
         found: dict[int, list[Row]] = {}
-        for row in self.single:
+        for row in self.rows:
             if (row.model, row.engine) == (model, engine) and row.status in (OK, OUT_OF_MEMORY):
                 found.setdefault(row.batch_size, []).append(row)
         by_time = {batch: sorted(rows, key=lambda row: row.epoch or 0.0) for batch, rows in sorted(found.items())}
@@ -41,21 +43,24 @@ class Cells:
     def batches(self, model: str) -> list[int]:
         return sorted({*self.of(model, PLAIN), *self.of(model, ZERO)})
 
-    def ratio(self, model: str, batch: int, name: str) -> float | None:
-        """This engine over the Trainer alone, or None where one of them has no value."""
-        plain, ours = (self.of(model, engine).get(batch) for engine in (PLAIN, ZERO))
-        values = [getattr(row, name) if row is not None else None for row in (ours, plain)]
+    def ratio(self, model: str, batch: int, name: str, to: str = PLAIN) -> float | None:
+        """This engine over ``to``, or None where one of them has no value."""
+        other, ours = (self.of(model, engine).get(batch) for engine in (to, ZERO))
+        values = [getattr(row, name) if row is not None else None for row in (ours, other)]
         return values[0] / values[1] if values[0] is not None and values[1] else None
 
-    def ratios(self, model: str, name: str, low: int = 1, high: int = 10**9) -> list[float]:
-        found = [self.ratio(model, batch, name) for batch in self.batches(model) if low <= batch <= high]
+    def ratios(self, model: str, name: str, low: int = 1, high: int = 10**9, to: str = PLAIN) -> list[float]:
+        found = [self.ratio(model, batch, name, to) for batch in self.batches(model) if low <= batch <= high]
         return [ratio for ratio in found if ratio is not None]
 
 
-def _verdict(agreeing: int, of: int) -> str:
+def verdict(agreeing: int, of: int, what: str = "cells") -> str:
+    """In how many of the cells that can tell the article's finding is met."""
+    if of == 0:
+        return "not measured"
     if agreeing == of:
         return "agrees"
-    return "does not agree" if agreeing == 0 else f"agrees in {agreeing} of {of} cases"
+    return "does not agree" if agreeing == 0 else f"agrees in {agreeing} of {of} {what}"
 
 
 def memory(cells: Cells) -> str:
@@ -70,10 +75,10 @@ def memory(cells: Cells) -> str:
         if found
     ]
     return (
-        f"**Memory is lower with ZeRO: {_verdict(sum(r < 1 for r in every), len(every))}.** {'; '.join(parts)}. "
+        f"**Memory is lower with ZeRO: {verdict(sum(r < 1 for r in every), len(every))}.** {'; '.join(parts)}. "
         "The Trainer keeps fp32 weights, gradients and two moments on the GPU, 16 bytes a parameter, and under "
         "autocast half-precision copies besides; here the GPU keeps half-precision weights and gradients, 4 bytes, "
-        "and two staging buffers. What a batch adds, activations, offload does not touch; they are in half precision "
+        "and a few staging buffers. What a batch adds, activations, offload does not touch; they are in half precision "
         "throughout, where autocast keeps some in fp32."
     )
 
@@ -88,8 +93,8 @@ def largest_batch(cells: Cells) -> str:
         return f"{title}: not measured.** There was no GPU."
     pairs = list(enforced.values()) or list(reached.values())
     counted = [(plain, ours) for plain, ours in pairs if ours]
-    verdict = _verdict(sum(ours >= 2 * max(plain, 1) for plain, ours in counted), len(counted))
-    text = [f"{title}: {verdict}.**"]
+    told = verdict(sum(ours >= 2 * max(plain, 1) for plain, ours in counted), len(counted), "card sizes")
+    text = [f"{title}: {told}.**"]
     for limit, (plain, ours) in enforced.items():
         text.append(f"Held to {limit:g} GiB, the Trainer reaches batch {plain or 'none'}, this one {ours or 'none'}.")
     shown = [f"{card} GiB: {plain or 'none'} and {ours or 'none'}" for card, (plain, ours) in reached.items()]
@@ -99,8 +104,8 @@ def largest_batch(cells: Cells) -> str:
     )
     lost = {e: [b for b, r in cells.of(model, e).items() if r.status == OUT_OF_MEMORY] for e in (PLAIN, ZERO)}
     if any(lost.values()):
-        told = [", ".join(map(str, lost[engine])) or "never" for engine in (PLAIN, ZERO)]
-        text.append(f"Out of memory in the sweep itself: the Trainer {told[0]}, this engine {told[1]}.")
+        batches = [", ".join(map(str, lost[engine])) or "never" for engine in (PLAIN, ZERO)]
+        text.append(f"Out of memory in the sweep itself: the Trainer {batches[0]}, this engine {batches[1]}.")
     text.append(
         "A factor of two needs a card that is small against the 16 bytes a parameter that go away; on a large one "
         "activations fill the memory, and offload leaves them alone."
@@ -131,9 +136,9 @@ def cpu_load(cells: Cells) -> str:
         plain, ours = (statistics.median(load for load in found if load is not None) for found in loads)
         parts.append(f"{model}: {plain:.0f} % of all cores with the Trainer, {ours:.0f} % here (medians)")
     return (
-        f"**The CPU is busier: {_verdict(sum(r > 1.1 for r in ratios), len(ratios))}** (busier meaning by more than a "
+        f"**The CPU is busier: {verdict(sum(r > 1.1 for r in ratios), len(ratios))}** (busier meaning by more than a "
         f"tenth). {'; '.join(parts)}. DeepSpeed computes the update on host cores, which is what kept the article's "
-        "CPU at 100 %. On a GPU, this engine streams the states through it instead, so the host only starts copies "
+        "CPU busy. On a GPU, this engine streams the states through it instead, so the host only starts copies "
         "and kernels; without a GPU the update does run on the host."
     )
 
@@ -142,10 +147,10 @@ def speed(cells: Cells) -> str:
     """It is slower at small batches, less so at large ones."""
     small = [ratio for model in cells.models() for ratio in cells.ratios(model, "epoch", high=SMALL)]
     large = [ratio for model in cells.models() for ratio in cells.ratios(model, "epoch", low=LARGE)]
-    text = [f"**It is slower at small batches: {_verdict(sum(r > 1.1 for r in small), len(small))}**"]
-    text.append(f"(slower meaning by more than a tenth). Up to batch {SMALL} an epoch takes {_range(small)} of the")
-    text.append(f"Trainer's time; from batch {LARGE} on, {_range(large)}." if large else "Trainer's time.")
-    if large:
+    text = [f"**It is slower at small batches: {verdict(sum(r > 1.1 for r in small), len(small))}**"]
+    text.append(f"(slower meaning by more than a tenth). Up to batch {SMALL} an epoch takes {spread(small)} of the")
+    text.append(f"Trainer's time; from batch {LARGE} on, {spread(large)}." if large else "Trainer's time.")
+    if large and small:
         less = statistics.median(large) <= statistics.median(small)
         text.append(f"**Less so at large ones: {'agrees' if less else 'does not agree'}.**")
     text.append(
@@ -155,7 +160,8 @@ def speed(cells: Cells) -> str:
     return " ".join(text)
 
 
-def _range(ratios: Sequence[float]) -> str:
+def spread(ratios: Sequence[float]) -> str:
+    """Least to most, and the median."""
     if not ratios:
         return "(not measured)"
     return f"{min(ratios):.2f} to {max(ratios):.2f} (median {statistics.median(ratios):.2f})"

@@ -75,9 +75,11 @@ def learn(spec: LearnSpec) -> dict[str, Any]:
     from models import PRESETS
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, set_seed
 
+    from measure import texts
     from measure.cell import describe_machine
 
     tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
+    texts.check_vocabulary(tokenizer, PRESETS[spec.preset], spec.preset)
     train, tests = read_splits(spec)
     set_seed(spec.seed)
     model = T5ForConditionalGeneration(T5Config(**{**PRESETS[spec.preset], **spec.overrides}))

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from measure.rows import Key
-from measure.spec import Spec
+from measure.spec import DATA_PARALLEL, Spec
 
 
 class Wanted(NamedTuple):
@@ -34,6 +34,8 @@ def plan(wanted: Wanted, template: Spec, done: Collection[Key], *, grouped: bool
     for round_number in range(wanted.num_rounds):
         for model in wanted.models:
             for engine in wanted.engines:
+                if engine == DATA_PARALLEL and template.num_gpus == 1:
+                    continue  # that is the plain Trainer
                 whole = dataclasses.replace(
                     template, model=model, engine=engine, round=round_number, batches=list(wanted.batches)
                 )
@@ -43,3 +45,24 @@ def plan(wanted: Wanted, template: Spec, done: Collection[Key], *, grouped: bool
                 elif left:
                     specs.extend(dataclasses.replace(whole, batches=[batch]) for batch in left)
     return specs
+
+
+def lanes(specs: Sequence[Spec], gpus: Sequence[str]) -> list[list[Spec]]:
+    """Share processes of one GPU among ``gpus``, to run side by side; those of several GPUs run one after the other.
+
+    A model stays on its GPU: its engines run there in turn, so that a difference between GPUs meets all of them.
+    """
+    if not gpus or not specs or specs[0].num_gpus > 1:
+        chosen = ",".join(gpus[: specs[0].num_gpus]) if specs else ""
+        return [[dataclasses.replace(spec, gpus=chosen) for spec in specs]]
+    models = list(dict.fromkeys(spec.model for spec in specs))
+    place = {model: number % len(gpus) for number, model in enumerate(models)}
+    num_lanes = len(set(place.values()))
+    return [
+        [
+            dataclasses.replace(spec, gpus=gpus[lane], num_side_by_side=num_lanes)
+            for spec in specs
+            if place[spec.model] == lane
+        ]
+        for lane in range(num_lanes)
+    ]

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
-
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
+from typing import Any
 
 from measure.rows import OK, Key, Row
 from measure.spec import Spec
 
-HEADINGS = ("model", "engine", "batch", "GPU GiB", "reserved", "device", "CPU %", "step ms", "epoch s", "steps", "loss")
+HEADINGS = ("model", "engine", "GPUs", "batch", "GPU GiB", "CPU %", "step ms", "epoch s", "steps", "loss")
+WIDTHS = (8, 13, 4, 5, 7, 5, 7, 8, 8, 6)
+"""Together, and with a space between two, 80 columns."""
 
 
 class Progress:
-    """Use as a context; tell it what happens."""
+    """Use as a context; tell it what happens. Memory is that of all GPUs of a cell together."""
 
     def __init__(self, rows: dict[Key, Row]) -> None:
         self._rows = rows
-        self._running: tuple[Spec, int] | None = None
-        self._console = Console()
-        self._live = (
-            Live(self._table(), console=self._console, auto_refresh=False) if self._console.is_terminal else None
-        )
+        self._running: dict[tuple[str, str], int] = {}
+        self._live: Any = None
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(self._table(), auto_refresh=False)
 
     def __enter__(self) -> Progress:
         if self._live is not None:
@@ -37,11 +38,11 @@ class Progress:
             self._live.stop()
 
     def cell_started(self, spec: Spec, batch_size: int) -> None:
-        self._running = (spec, batch_size)
+        self._running[spec.model, spec.engine] = batch_size
         self._refresh()
 
     def cell_finished(self, row: Row) -> None:
-        self._running = None
+        self._running.pop((row.model, row.engine), None)
         if self._live is None:
             print("  ".join(text.rjust(width) for text, width in zip(_cells(row), WIDTHS)), row.error, flush=True)
         self._refresh()
@@ -50,32 +51,30 @@ class Progress:
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
 
-    def _table(self) -> Table:
-        table = Table(title="GPU memory, processor and time over batch size", title_justify="left")
-        for number, heading in enumerate(HEADINGS):
-            table.add_column(heading, justify="left" if number < 2 else "right")
+    def _table(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title="GPU memory, processor and time over batch size", title_justify="left", box=None)
+        table.padding = (0, 1, 0, 0)
+        for number, (heading, width) in enumerate(zip(HEADINGS, WIDTHS)):
+            table.add_column(heading, justify="left" if number < 2 else "right", width=width)
         for row in self._rows.values():
             table.add_row(*_cells(row), style="" if row.status == OK else "yellow")
-        if self._running is not None:
-            spec, batch_size = self._running
-            table.add_row(spec.model, spec.engine, str(batch_size), "...", style="dim")
+        for (model, engine), batch_size in self._running.items():
+            table.add_row(model, engine, "", str(batch_size), "...", style="dim")
         return table
-
-
-WIDTHS = (9, 14, 5, 8, 8, 8, 6, 8, 8, 9, 7)
 
 
 def _cells(row: Row) -> list[str]:
     if row.status != OK:
-        return [row.model, row.engine, str(row.batch_size), row.status, *[""] * 7]
+        return [row.model, row.engine, str(row.num_gpus), str(row.batch_size), row.status, *[""] * 5]
     scaled = "" if row.is_full_epoch else "~"
     return [
         row.model,
         row.engine,
+        str(row.num_gpus),
         str(row.batch_size),
-        _number(row.gpu_allocated_gib, ".2f"),
-        _number(row.gpu_reserved_gib, ".2f"),
-        _number(row.gpu_device_gib, ".2f"),
+        _number(row.gpu_allocated_sum_gib, ".2f"),
         _number(row.cpu_percent_mean, ".1f"),
         _number(row.step_seconds_median, ".1f", 1000),
         scaled + _number(row.epoch, ".1f"),

@@ -39,6 +39,8 @@ class Row:
     """What the process may allocate; 0 means all of the device."""
     round: int = 0
     """Repetition of the whole sweep."""
+    num_side_by_side: int = 1
+    """Cells measured at the same time on the machine, this one included, each on GPUs and cores of its own."""
 
     status: str = OK
     error: str = ""
@@ -65,11 +67,15 @@ class Row:
     samples_per_second: float | None = None
 
     gpu_allocated_gib: float | None = None
-    """Peak of tensors, over the ranks the largest; the longest batch of the epoch is among those measured."""
+    """Peak of tensors, over the GPUs the largest; the longest batch of the epoch is among those measured."""
     gpu_reserved_gib: float | None = None
-    """Peak of what PyTorch's allocator holds."""
+    """Peak of what PyTorch's allocator holds, over the GPUs the largest."""
     gpu_device_gib: float | None = None
-    """Peak of what the device reports as used, the CUDA context and other processes included."""
+    """Peak of what a device reports as used, the CUDA context and other processes included; the largest."""
+    gpu_allocated_sum_gib: float | None = None
+    """The peaks of all GPUs added up; they need not be reached at the same moment. Likewise the two that follow."""
+    gpu_reserved_sum_gib: float | None = None
+    gpu_device_sum_gib: float | None = None
 
     num_cores: float | None = None
     cpu_percent_mean: float | None = None
@@ -100,6 +106,12 @@ class Row:
     def epoch(self) -> float | None:
         """Seconds of one epoch: measured if it was, else scaled."""
         return self.epoch_seconds if self.epoch_seconds is not None else self.epoch_seconds_scaled
+
+
+def side_by_side(number: int) -> str:
+    """How cells of one GPU were measured on a machine of several."""
+    share = "half" if number == 2 else f"1/{number}"
+    return f"one GPU: {number} models measured at the same time, each with a GPU and {share} of the cores"
 
 
 COLUMNS = [field.name for field in dataclasses.fields(Row)]

@@ -57,6 +57,12 @@ def read_pairs(path: Path, max_pairs: int | None = None, *, comma_below: bool = 
     return pairs
 
 
+def check_vocabulary(tokenizer: Any, preset: dict[str, Any], name: str) -> None:
+    """Raises SystemExit, with a message: the model has no row for some tokens."""
+    if len(tokenizer) > preset["vocab_size"]:
+        raise SystemExit(f"--tokenizer has {len(tokenizer):,} tokens, {name} knows {preset['vocab_size']:,}.")
+
+
 def tokenised(pairs: list[Pair], tokenizer: Any, max_length: int) -> TokenisedPairs:
     return tokenise(pairs, tokenizer, prefix=PREFIX, max_source_length=max_length, max_target_length=max_length)
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from measure.spec import DATA_PARALLEL, Spec
+
 INTERVAL_S = 0.25
 GIB = 2**30
 
@@ -41,17 +43,24 @@ def num_cores() -> float:
     return allowed
 
 
+def gpus_of(spec: Spec) -> list[int]:
+    """GPUs that this process drives: its own one, or all of them under DataParallel; none without CUDA."""
+    if not torch.cuda.is_available():
+        return []
+    return list(range(spec.num_gpus)) if spec.engine == DATA_PARALLEL else [torch.cuda.current_device()]
+
+
 class Sampler:
     """A few system calls every INTERVAL_S, on a thread of its own; it takes no lock that training waits for."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpus: list[int]) -> None:
         self._process = psutil.Process()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._points: list[tuple[float, float]] = []
         self._rss = 0
-        self._device_used = 0
-        self._handle = _nvml_handle()
+        self._device_used = dict.fromkeys(gpus, 0)
+        self._handles = {gpu: handle for gpu in gpus if (handle := _nvml_handle(gpu)) is not None}
 
     def start(self) -> None:
         self._stop.clear()
@@ -77,12 +86,12 @@ class Sampler:
         )
 
     @property
-    def device_used_bytes(self) -> int:
-        """Most memory that the device reported as used so far, by anybody; 0 without a GPU."""
-        if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            self._device_used = max(self._device_used, total - free)
-        return self._device_used
+    def device_used_bytes(self) -> dict[int, int]:
+        """GPU -> the most memory that it reported as used so far, by anybody."""
+        for gpu, most in self._device_used.items():
+            free, total = torch.cuda.mem_get_info(gpu)
+            self._device_used[gpu] = max(most, total - free)
+        return dict(self._device_used)
 
     def _point(self) -> tuple[float, float]:
         times = self._process.cpu_times()
@@ -92,8 +101,8 @@ class Sampler:
         while not self._stop.wait(INTERVAL_S):
             self._points.append(self._point())
             self._rss = max(self._rss, self._process.memory_info().rss)
-            if self._handle is not None:
-                self._device_used = max(self._device_used, _nvml_used(self._handle))
+            for gpu, handle in self._handles.items():
+                self._device_used[gpu] = max(self._device_used[gpu], _nvml_used(handle))
 
 
 def _per_second(points: list[tuple[float, float]]) -> list[float]:
@@ -122,14 +131,12 @@ def _busy_percent(before: object, after: object) -> float | None:
     return None if total <= 0 else 100.0 * (1.0 - idle / total)
 
 
-def _nvml_handle() -> object | None:
-    if not torch.cuda.is_available():
-        return None
+def _nvml_handle(gpu: int) -> object | None:
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}".encode())
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(gpu).uuid}".encode())
     except Exception:  # no such package, or a sandbox in which NVML is closed: mem_get_info remains
         return None
 
