@@ -21,7 +21,7 @@ from engines import ENGINES, ROOT, library_of
 
 sys.path.insert(0, str(ROOT))
 
-from trial import describe, make_trainer, run_compute, run_training, warmup_of  # noqa: E402
+from trial import describe, make_trainer, run_compute, run_training, warmup_of
 
 DEVICE_IS_FULL = "the device is out of memory"
 

@@ -160,11 +160,12 @@ class Serving:
             except BrokenPipeError:
                 return {"failed": "ended before the cell began"}
             lines = self.read("RESULT ", timeout)
+        used = {"machine_used_bytes": watch.most_used}
         if watch.ended_them:
-            return {"failed": f"needs more than {self._around.host_gib:g} GiB of host memory"}
+            return {"failed": f"needs more than {self._around.host_gib:g} GiB of host memory", **used}
         if lines is None:
-            return {"failed": self.why}
-        return {**merge([json.loads(line) for line in lines]), "machine_used_bytes": watch.most_used}
+            return {"failed": self.why, **used}
+        return {**merge([json.loads(line) for line in lines]), **used}
 
     def stop(self) -> None:
         for process in self._processes:
@@ -227,6 +228,7 @@ class Pool:
         """
         if engine in self._absent:
             return {"failed": self._absent[engine], "again": True}
+        begun = time.time()
         key = (engine, job.get("config"), job.get("gpus", 1))
         is_first = key not in self._serving
         if is_first:
@@ -240,6 +242,7 @@ class Pool:
                 return {"failed": f"did not load: {self._absent[engine]}"}
         serving = self._serving[key]
         result = serving.run(job, self._first_timeout if is_first else timeout)
+        result["wall_s"] = time.time() - begun
         result["clean_cache"] = is_first and serving.finds_clean_cache
         if job.get("fresh") or "failed" in result or "error" in result:
             self._end(key)
