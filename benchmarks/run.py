@@ -1,154 +1,174 @@
-"""Run cells in turn (A B A B ...): every engine lives in its own process, and they take turns cell by cell.
+"""Run cells in turn (A B A B ...): every engine lives in its own processes, and they take turns cell by cell.
 
-    python benchmarks/run.py --out raw.jsonl --rounds 3 --engines plain,ours,deepspeed \
-        --cells t5-base:fp16:1,8,64,256 t5-base:bf16:1,8,64,256:plain,ours,torchao
+    python benchmarks/run.py --out raw.jsonl --rounds 3 --peer-path /tmp/peers \\
+        --cells t5-base:fp16:1,8,64,256:plain,ours,deepspeed \\
+                t5-base:bf16:8:ours,deepspeed:accumulation=1/4/16 \\
+                decoder-3b:bf16:4:compute,ours,deepspeed:length=1024,checkpointing=1,steps=8 \\
+                t5-base:bf16:8:plain,ours:gpus=2,config=zero1/zero2/zero3
 
-A cell may name its own engines (fourth field). ``--peer-path`` is put on PYTHONPATH for deepspeed and torchao alone, so
-that their presence changes nothing for the others.
+A cell is MODEL:PRECISION:BATCH,BATCH[:ENGINE,ENGINE[:OPTION=VALUE,OPTION=VALUE]]. ``engines.py`` and ``models.py`` list
+the names. BATCH is per GPU. A value a/b/c stands for as many cells. Options:
+
+    accumulation, length, checkpointing (0 or 1), steps, warmup, dropout
+    config       file of configs/ without .json, for ours and deepspeed
+    ratio        offload_optimizer.ratio; budget: GiB for ours-auto
+    gpus         processes over as many GPUs (NCCL; gloo without GPUs)
+    losses       1: record every step's loss
+    gpu_gib      let each process use no more GPU memory than this
+    fresh        1: a new process for this cell, ended afterwards; models above a billion parameters always have that
+    clean        1: fresh, and nothing of an extension compiled before
+    timeout      seconds for this cell
 
 A shared machine drifts, so only ratios taken in turn mean anything: within a round, all engines run one cell before any
 runs the next. Processes start one after the other, and each one's time to its first step is its own. While one runs,
-the others wait for their turn with their device caches emptied. Raw JSON lines go to --out.
+the others wait for their turn with their device caches emptied. A cell that fails or runs out of memory costs its own
+process and leaves a line that says why. Raw JSON lines go to --out. ``--peer-path`` is put on PYTHONPATH for deepspeed
+and torchao alone, so that their presence changes nothing for the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
-import selectors
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-CELL = Path(__file__).with_name("cell.py")
+from engines import ENGINES, config_name
+from models import is_large
+from serving import Pool, Surroundings
+
 LIMITS = Path(__file__).with_name("limits.py")
-PEERS = ("deepspeed", "torchao")
+
+OPTIONS: dict[str, Any] = {
+    "accumulation": int,
+    "length": int,
+    "checkpointing": int,
+    "steps": int,
+    "warmup": int,
+    "dropout": float,
+    "config": str,
+    "ratio": float,
+    "budget": float,
+    "gpus": int,
+    "losses": int,
+    "gpu_gib": float,
+    "fresh": int,
+    "clean": int,
+    "timeout": float,
+}
 
 
-class Engine:
-    """One serving process."""
+def parse_options(text: str) -> list[dict[str, Any]]:
+    """``a=1/2,b=3`` -> every combination, as dicts.
 
-    def __init__(self, name: str, options: list[str], log: Path, peer_path: str) -> None:
-        self.name = name
-        environment = dict(os.environ)
-        if name in PEERS and peer_path:
-            environment["PYTHONPATH"] = os.pathsep.join([peer_path, environment.get("PYTHONPATH", "")])
-        self._log = log.open("a")
-        self._process = subprocess.Popen(
-            [sys.executable, str(CELL), "--engine", name, "--serve", *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=environment,
-        )
-        self._buffer = b""
-
-    def read(self, word: str, timeout: float) -> str | None:
-        """The next line that starts with ``word``, or None if the process ended or took too long."""
-        assert self._process.stdout is not None
-        deadline = time.time() + timeout
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while time.time() < deadline:
-                while b"\n" in self._buffer:
-                    line, self._buffer = self._buffer.split(b"\n", 1)
-                    if line.startswith(word.encode()):
-                        return line.decode()[len(word) :]
-                    self._log.write(line.decode(errors="replace") + "\n")
-                if selector.select(timeout=1.0):
-                    chunk = os.read(self._process.stdout.fileno(), 65536)
-                    if not chunk:
-                        return None
-                    self._buffer += chunk
-        return None
-
-    def run(self, job: dict[str, Any], timeout: float) -> dict[str, Any] | None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        line = self.read("RESULT ", timeout)
-        return json.loads(line) if line is not None else None
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def describe(result: dict[str, Any]) -> str:
-    if "error" in result:
-        return result["error"]
-    first = f"  first step after {result['first_step_s']:.1f} s" if result["first_step_s"] else ""
-    return (
-        f"{result['step_ms_median']:7.1f} ms (mean {result['step_ms_mean']:.1f})  "
-        f"{result.get('peak_allocated', 0) / 2**30:6.2f} GiB  {result['cpu_seconds_per_second']:4.1f} cores{first}"
-    )
+    Raises:
+        ValueError: an option is not known or has no value.
+    """
+    names, values = [], []
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if name not in OPTIONS or not equals:
+            raise ValueError(f"{part!r}: expected OPTION=VALUE with one of {', '.join(OPTIONS)}")
+        names.append(name)
+        values.append([OPTIONS[name](one) for one in value.split("/")])
+    return [dict(zip(names, chosen)) for chosen in itertools.product(*values)]
 
 
 def parse_cells(specs: list[str], engines: str) -> list[tuple[dict[str, Any], list[str]]]:
-    """MODEL:PRECISION:BATCH,BATCH[:ENGINE,ENGINE] -> (job, engines) for every batch."""
+    """(job, engines) for every cell, in the order in which they are written.
+
+    Raises:
+        ValueError: a cell cannot be read.
+    """
     jobs = []
     for spec in specs:
-        model, precision, batches, *own = spec.split(":")
-        names = (own[0] if own else engines).split(",")
-        jobs += [({"model": model, "precision": precision, "batch": int(b)}, names) for b in batches.split(",")]
+        fields = spec.split(":")
+        if not 3 <= len(fields) <= 5:
+            raise ValueError(f"{spec!r}: expected MODEL:PRECISION:BATCHES[:ENGINES[:OPTIONS]]")
+        model, precision, batches = fields[:3]
+        names = (fields[3] if len(fields) > 3 and fields[3] else engines).split(",")
+        if unknown := sorted(set(names) - set(ENGINES)):
+            raise ValueError(f"{spec!r}: no engine {', '.join(unknown)}; there are {', '.join(ENGINES)}")
+        for options in parse_options(fields[4] if len(fields) > 4 else ""):
+            for batch in batches.split(","):
+                job = {"model": model, "precision": precision, "batch": int(batch), **options}
+                job["fresh"] = int(bool(job.get("fresh") or job.get("clean") or is_large(model)))
+                jobs.append((job, names))
     return jobs
 
 
-def main() -> None:
+def describe(result: dict[str, Any]) -> str:
+    for name in ("failed", "error"):
+        if name in result:
+            return f"FAILED: {result[name]}"
+    first = f"  first step after {result['first_step_s']:.1f} s" if result.get("first_step_s") else ""
+    return (
+        f"{result['step_ms_median']:7.1f} ms (mean {result['step_ms_mean']:.1f})  "
+        f"{result.get('peak_allocated', 0) / 2**30:6.2f} GiB  {result.get('cpu_seconds_per_second', 0):4.1f} cores  "
+        f"{result['tokens_per_s']:.0f} tokens/s{first}"
+    )
+
+
+def label_of(job: dict[str, Any]) -> str:
+    shown = {name: value for name, value in job.items() if name not in ("model", "precision", "batch", "fresh")}
+    options = " ".join(f"{name}={value}" for name, value in shown.items())
+    return f"{job['model']} {job['precision']} batch {job['batch']} {options}".strip()
+
+
+def measure_limits() -> dict[str, Any] | None:
+    found = subprocess.run([sys.executable, str(LIMITS)], capture_output=True, text=True, check=False).stdout
+    lines = [line for line in found.splitlines() if line.startswith("LIMITS ")]
+    return json.loads(lines[0][7:]) if lines else None
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--engines", default="plain,ours")
-    parser.add_argument("--cells", nargs="+", default=["t5-base:fp16:1,8,64,256"], help="MODEL:PRECISION:BATCH,BATCH")
+    parser.add_argument("--engines", default="plain,ours", help="for cells that name none")
+    parser.add_argument("--cells", nargs="+", default=["t5-base:fp16:1,8,64,256"])
+    parser.add_argument("--num-gpus", type=int, default=1, help="for cells without gpus=")
     parser.add_argument("--peer-path", default="", help="where deepspeed and torchao are installed")
     parser.add_argument("--timeout", type=float, default=60, help="seconds for one cell")
-    parser.add_argument("--first-timeout", type=float, default=180, help="seconds for an engine's first cell")
+    parser.add_argument("--first-timeout", type=float, default=180, help="seconds to load, and for the first cell")
     parser.add_argument("--budget", type=float, default=10**6, help="start no cell after this many seconds")
-    args, passed_on = parser.parse_known_args()
+    parser.add_argument("--host-gib", type=float, help="end a cell that holds more host memory")
+    return parser
+
+
+def main() -> None:
+    args, passed_on = build_parser().parse_known_args()
+    jobs = parse_cells(args.cells, args.engines)
     start = time.time()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a") as file:
+    around = Surroundings(args.out.with_suffix(".log"), args.peer_path, tuple(passed_on), host_gib=args.host_gib)
+    with args.out.open("a") as file, Pool(around, args.first_timeout) as pool:
 
         def keep(record: dict[str, Any]) -> None:
             file.write(json.dumps(record) + "\n")
             file.flush()
 
-        limits = subprocess.run([sys.executable, str(LIMITS)], capture_output=True, text=True, check=False).stdout
-        for line in limits.splitlines():
-            if line.startswith("LIMITS "):
-                keep({"limits": json.loads(line[7:])})
-                print(line, flush=True)
-        engines: dict[str, Engine] = {}
-        jobs = parse_cells(args.cells, args.engines)
+        limits = measure_limits()
+        if limits is not None:
+            keep({"limits": limits})
+            print(f"LIMITS {json.dumps(limits)}", flush=True)
         for number in range(args.rounds):
             for job, names in jobs:
                 for name in names:
                     if time.time() - start > args.budget:
                         print("time is up", flush=True)
-                        for engine in engines.values():
-                            engine.stop()
                         return
-                    patience = args.timeout
-                    if name not in engines:
-                        engines[name] = Engine(name, passed_on, args.out.with_suffix(".log"), args.peer_path)
-                        patience = args.first_timeout
-                    result = engines[name].run(job, patience)
-                    label = f"{number} {job['model']:10} {job['precision']} {name:11} batch {job['batch']:4}"
-                    if result is None:
-                        keep({"round": number, "engine": name, **job, "failed": "ended or took too long"})
-                        print(f"{label}  FAILED (see the log)", flush=True)
-                        engines.pop(name).stop()
-                        continue
-                    keep({"round": number, **result})
-                    print(f"{label}  {describe(result)}", flush=True)
-        for engine in engines.values():
-            engine.stop()
+                    full = {"gpus": args.num_gpus, **job}
+                    result = pool.run(name, full, full.get("timeout", args.timeout))
+                    if not result.pop("again", False):
+                        place = {"round": number, "engine": name, "world_size": full["gpus"]}
+                        asked = {**full, "config": config_name(name, full.get("config"))}
+                        keep({**(asked if "failed" in result else {}), **place, **result})
+                    print(f"{number} {name:13} {label_of(full)}  {describe(result)}", flush=True)
 
 
 if __name__ == "__main__":
