@@ -115,6 +115,9 @@ class GradientStore:
         """Forget a consumed part, on the current stream, so call it where the gradient was consumed."""
         self.part(bucket, start, end).zero_()
 
+    frees_when_released = False
+    """Whether ``release`` gives memory back, so that the compute stream must come after who read it."""
+
     def release(self, bucket: int) -> None:
         """The compute stream is ordered after the update that has read this bucket's gradients: drop their memory."""
 
@@ -153,6 +156,11 @@ class GradientStore:
     @property
     def num_bytes(self) -> int:
         raise NotImplementedError
+
+    @property
+    def is_on_host(self) -> bool:
+        """Rather than where the model computes."""
+        return False
 
     def _on_grad(self, index: int, param: Tensor) -> None:
         raise NotImplementedError

@@ -60,7 +60,7 @@ class LoneGrads(GradientStore):
         self._arenas: list[PinnedArena] = []
         self._flats = self._make([flat.dtype for flat in flats])
         self._places = {slot.spec.name: (layout.index, slot) for layout in self.layouts for slot in layout.slots}
-        self._arrived: set[str] = set()
+        self._filled: set[str] = set()
         """Parameters whose slot holds the sum of this step's micro-steps so far; what the others hold is old."""
         self._is_consumed = False
         self._stream = torch.cuda.Stream(device) if self._travels else None
@@ -96,7 +96,7 @@ class LoneGrads(GradientStore):
         self.boundary = boundary
         if self._is_consumed:
             self._is_consumed = False
-            self._arrived.clear()
+            self._filled.clear()
         if not boundary and self._accumulate_fp32:
             self._widen()
 
@@ -115,8 +115,8 @@ class LoneGrads(GradientStore):
     def take(self, name: str, grad: Tensor) -> None:
         """Add a gradient, whole and of any float type, that nobody else will use; on the compute stream."""
         bucket, slot = self._places[name]
-        place, is_first = view_of(self._flats[bucket], slot), name not in self._arrived
-        self._arrived.add(name)
+        place, is_first = view_of(self._flats[bucket], slot), name not in self._filled
+        self._filled.add(name)
         if self._stream is not None:
             self._send(name, place, grad.view(place.shape), is_first)
         elif is_first:
@@ -150,7 +150,7 @@ class LoneGrads(GradientStore):
             torch.cuda.current_stream(self._device).wait_event(self._landed)
         if self.boundary:
             for name in self._order:
-                if name not in self._arrived:
+                if name not in self._filled:
                     self._forget(name)
 
     def _forget(self, name: str) -> None:
@@ -167,6 +167,10 @@ class LoneGrads(GradientStore):
     def shard(self, bucket: int) -> Tensor:
         self._settle()
         return self._flats[bucket]
+
+    def part(self, bucket: int, start: int, end: int) -> Tensor:
+        """For updates: on streams behind the compute stream, or on the host after it has read the norm."""
+        return self._flats[bucket][start:end]
 
     def _settle(self) -> None:
         """Let the host read what has been sent down."""

@@ -31,6 +31,8 @@ __all__ = ["LooseGrads"]
 class LooseGrads(GradientStore):
     """See the module. For one rank: nothing is reduced. A parameter without a gradient counts as zero."""
 
+    frees_when_released = True
+
     def __init__(
         self,
         layouts: Sequence[BucketLayout],

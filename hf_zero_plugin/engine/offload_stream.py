@@ -8,8 +8,9 @@ Three CUDA streams carry a piece of the states through a staging buffer::
 
 PCIe carries both directions at once, so a parameter costs 12 bytes of one direction (Adam); on a x16 gen5 link that is
 faster than host cores can read and write the same 28 bytes, and it leaves the cores alone. Gradients never leave the
-device and weights never come back from the host. The host thread waits for nothing; the forward pass waits per bucket,
-on the device.
+device and weights never come back from the host, unless they are offloaded too (stage 3): then the new weights go down
+in half precision, ahead of the states, and gradients that rest on the host come up. The host thread waits for nothing;
+the forward pass waits per bucket, on the device.
 
 How much is staged ahead decides how soon the next forward pass finds new weights. As the backward pass goes on it frees
 activations, and staging takes that memory: never more than the device held when the pass began, and no more than half
@@ -204,11 +205,15 @@ class StreamedHome(Home):
             piece, staged = self.pieces[index], self._staged.pop(index)
             with torch.cuda.stream(self._updates):
                 self._updates.wait_event(staged.uploaded)
-                self._update(staged.buffer, piece, inputs, number)
+                narrow = self._update(staged.buffer, piece, inputs, number)
                 updated = self._updates.record_event()
-            self._done.setdefault(piece.bucket, []).append(updated)
             with torch.cuda.stream(self._downloads):
                 self._downloads.wait_event(updated)
+                if narrow is not None:  # ahead of the states: the forward pass waits for these
+                    self.context.weight_of(piece).copy_(narrow, non_blocking=True)
+                    narrow.record_stream(self._downloads)
+                    updated = self._downloads.record_event()
+                self._done.setdefault(piece.bucket, []).append(updated)
                 self._slabs[index].copy_(staged.buffer[: self._rows * piece.numel], non_blocking=True)
                 downloaded = self._written[index] = self._downloads.record_event()
             is_ring = staged.buffer.numel() == self._rows * self._longest and len(self._ring) < self._num_slots
@@ -217,17 +222,25 @@ class StreamedHome(Home):
                 self._gather(piece.bucket)
         self._next_to_update = end
 
-    def _update(self, buffer: Tensor, piece: Piece, inputs: StepInputs, number: Tensor) -> None:
+    def _update(self, buffer: Tensor, piece: Piece, inputs: StepInputs, number: Tensor) -> Tensor | None:
+        """Returns new weights, narrowed, if their place is on the host."""
         master, *states = buffer[: self._rows * piece.numel].view(self._rows, -1).unbind(0)
         if self._scratch is None:  # belongs to the stream of updates, which use it one after the other
             self._scratch = torch.empty(self._longest, dtype=torch.float32, device=self.context.device)
         wide = self._scratch[: piece.numel]
-        wide.copy_(self.context.grad_of(piece))
+        grad = self.context.grad_of(piece)
+        # What crosses the link is the narrow type: it is widened on the device.
+        wide.copy_(grad if grad.device == wide.device else grad.to(wide.device, non_blocking=True))
         if inputs.multiplier is not None:
             wide.mul_(inputs.multiplier)
         self.context.rule.update(master, wide, states, inputs.groups[piece.group], number, inputs.found_inf)
-        self.context.weight_of(piece).copy_(master)
+        weight, narrow = self.context.weight_of(piece), None
+        if weight.device == master.device:
+            weight.copy_(master)
+        else:
+            narrow = master.to(weight.dtype, copy=True)
         self.context.clear_grad(piece)
+        return narrow
 
     def _gather(self, bucket: int) -> None:
         with torch.cuda.stream(self._gathers):
@@ -242,8 +255,9 @@ class StreamedHome(Home):
         self._launch()
         self._reap()
         current = torch.cuda.current_stream(self.context.device)
-        # The compute stream too: the memory of gradients is its own, and free for it from here on.
-        for stream in dict.fromkeys((current, self._compute)):
+        # The compute stream too, if the memory of gradients is its own and free for it from here on.
+        streams = (current, self._compute) if self.context.grads.frees_when_released else (current,)
+        for stream in dict.fromkeys(streams):
             for event in self._done.get(bucket, ()):
                 stream.wait_event(event)
 

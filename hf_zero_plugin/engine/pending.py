@@ -58,9 +58,11 @@ def _pending_like(result: Any, func: Callable[..., Any], args: tuple[Any, ...], 
 
     if isinstance(result, Tensor):
         return Pending.of(result.shape, result.dtype, compute)
-    return type(result)(
-        Pending.of(part.shape, part.dtype, lambda index=index: compute()[index]) for index, part in enumerate(result)
-    )
+
+    def part(index: int) -> Tensor:
+        return Pending.of(result[index].shape, result[index].dtype, lambda: compute()[index])
+
+    return type(result)(part(index) for index in range(len(result)))
 
 
 def values_of(value: Any) -> Any:

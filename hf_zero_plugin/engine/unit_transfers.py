@@ -54,8 +54,8 @@ class UnitTransfers:
         self._take = take
         self._names = {id(item.handle): item.name for item in shards.params}
         self._device = shards.device
-        from_host = any(item.padded.device != self._device for item in shards.params)
-        self._stream = torch.cuda.Stream(self._device) if from_host and self._device.type == "cuda" else None
+        from_host = self._device.type == "cuda" and any(not item.padded.is_cuda for item in shards.params)
+        self._stream = torch.cuda.Stream(self._device) if from_host else None
         self._groups = [group for module in fsdp_modules(shards.model) for group in groups_of(module)]
         for group in self._groups:
             names = [self._names[id(handle)] for handle in group.fsdp_params]
@@ -148,6 +148,8 @@ class UnitTransfers:
             group.reshard()
         for name, grad in found:
             self._take(name, grad)
+        if self._masters is not None:
+            self._masters.prefetch_if_due()
 
 
 @torch.no_grad()
