@@ -7,8 +7,9 @@ every rank (stage 0). Prints one JSON line per way and number of ranks.
     python benchmarks/stage3_loading.py --out benchmarks/raw/stage3-loading.jsonl
     python benchmarks/stage3_loading.py --hidden 4096 --layers 32 --ranks 1,2,4       # a larger one, on GPUs if any
 
-Peaks are of anonymous memory above what the process had after its imports, sampled every 2 ms: pages of the
-checkpoint's files, which the kernel may drop at any time, are not counted.
+Peaks are above what the process had after its imports, sampled every 2 ms: of anonymous memory, and of all memory,
+pages of the checkpoint's files included. Whole loading may leave weights in those pages for as long as nothing changes
+them, and training changes all of them.
 """
 
 from __future__ import annotations
@@ -26,16 +27,20 @@ from pathlib import Path
 WAYS = {"sharded": 3, "whole": 0}
 
 
-def anonymous_bytes() -> int:
+KINDS = {"anonymous": "RssAnon:", "all": "VmRSS:"}
+
+
+def memory() -> dict[str, int]:
+    """Bytes in use now, by kind."""
     text = Path("/proc/self/status").read_text()
-    return int(text.split("RssAnon:")[1].split()[0]) * 1024
+    return {kind: int(text.split(key)[1].split()[0]) * 1024 for kind, key in KINDS.items()}
 
 
 class Peak:
-    """Highest anonymous memory while the context lasts, above what there was at its beginning."""
+    """Most memory in use while the context lasts, above ``base``."""
 
-    def __init__(self, base: int) -> None:
-        self.base, self.num_bytes = base, 0
+    def __init__(self, base: dict[str, int]) -> None:
+        self.base, self.num_bytes = base, dict.fromkeys(base, 0)
         self._done = threading.Event()
 
     def __enter__(self) -> Peak:
@@ -45,7 +50,8 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._done.is_set():
-            self.num_bytes = max(self.num_bytes, anonymous_bytes() - self.base)
+            now = memory()
+            self.num_bytes = {kind: max(self.num_bytes[kind], now[kind] - self.base[kind]) for kind in now}
             time.sleep(0.002)
 
     def __exit__(self, *_: object) -> None:
@@ -94,7 +100,7 @@ def measure(folder: str, way: str) -> None:
     dist.barrier()
     wanted = config(WAYS[way])
     known = HfDeepSpeedConfig(wanted)  # kept: transformers asks it while it loads
-    base = anonymous_bytes()
+    base = memory()
     with Peak(base) as load:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -106,7 +112,7 @@ def measure(folder: str, way: str) -> None:
     mine = {
         "load": load.num_bytes,
         "engine": make.num_bytes,
-        "after": anonymous_bytes() - base,
+        "after": {kind: size - base[kind] for kind, size in memory().items()},
         "device": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "loss": loss,
     }
