@@ -103,8 +103,8 @@ def find_units(model: nn.Module, leaf_classes: Sequence[str] = ()) -> list[nn.Mo
     """Modules to be gathered one at a time, in the order in which the model registers them.
 
     They are what the model itself calls indivisible (``_no_split_modules``), or else the members of its
-    ``nn.ModuleList``s, and always the leaf modules. Outermost ones win; one whose parameters are also used outside
-    of it is left to the root.
+    ``nn.ModuleList``s, and always the leaf modules. Outermost ones win; one that nobody calls (a list of modules), or
+    whose parameters are also used outside of it, is left to the root with all that is in it.
     """
     leaves = {id(m) for m in model.modules() if type(m).__name__ in leaf_classes or getattr(m, LEAF_MARK, False)}
     classes = {name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())}
@@ -120,7 +120,7 @@ def find_units(model: nn.Module, leaf_classes: Sequence[str] = ()) -> list[nn.Mo
     units = [
         unit
         for unit in _outermost(model, blocks | leaves)
-        if unit is not model and any(True for _ in unit.parameters())
+        if unit is not model and type(unit).forward is not nn.Module.forward and any(True for _ in unit.parameters())
     ]
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 

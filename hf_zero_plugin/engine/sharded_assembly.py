@@ -39,6 +39,7 @@ from hf_zero_plugin.engine.fsdp import (
     sharded_params,
 )
 from hf_zero_plugin.engine.optimizers import UpdateRule
+from hf_zero_plugin.engine.root_access import open_root
 from hf_zero_plugin.engine.sharded_values import (
     Fill,
     make_real,
@@ -90,6 +91,7 @@ def assemble_sharded(
         wire = settings.communication_dtype
         shard_units(module, units, whole, settings, mesh, DTYPES[wire] if wire is not None else None)
         watch_evaluation(module)
+        open_root(module)
         sources: dict[str, Tensor] = dict(originals)
     else:
         sources = {item.name: item.padded for item in sharded_params(module)}
