@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_zero_plugin.checkpoint.format import MODULE_FILE, ShardReader, newest_tag
+from hf_zero_plugin.checkpoint.stream import stream_safetensors
 from hf_zero_plugin.errors import CheckpointError
 
 __all__ = ["add_parser", "export", "run", "save_weights"]
@@ -20,17 +21,26 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_FILE_BYTES = 5 * 10**9
 
 
-def save_weights(state: dict[str, Tensor], directory: str | Path, filename: str = "model.safetensors") -> None:
-    """Write one safetensors file; tensors that share memory are written once, under their first name."""
+def save_weights(
+    state: dict[str, Tensor],
+    directory: str | Path,
+    filename: str = "model.safetensors",
+    *,
+    values: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> None:
+    """Write one safetensors file, tensor by tensor; those that share memory are written once, under their first name.
+
+    ``values`` gives the values of a tensor that has none yet (on the meta device).
+    """
     seen: set[tuple[int, torch.Size]] = set()
     unique: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        identity = (tensor.data_ptr(), tensor.shape)
+        identity = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
         if identity not in seen:
             seen.add(identity)
-            unique[name] = tensor.detach().cpu().contiguous()
+            unique[name] = tensor
     Path(directory).mkdir(parents=True, exist_ok=True)
-    save_file(unique, Path(directory) / filename, metadata={"format": "pt"})
+    stream_safetensors(unique, Path(directory) / filename, {"format": "pt"}, values=values)
 
 
 def _find(checkpoint: Path, tag: str | None) -> Path:

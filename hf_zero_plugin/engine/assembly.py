@@ -121,9 +121,12 @@ class Assembly:
 
     def memory_report(self) -> dict[str, dict[str, int]]:
         places: dict[str, dict[str, int]] = {"device": {}, "host": {}}
-        weights = sum(t.numel() * t.element_size() for t in self._module_tensors())
-        places["device"]["weights"] = weights
-        places["device"]["gradients"] = self.grads.num_bytes if self.grads is not None else 0
+        for tensor in self._module_tensors():
+            place = places["host" if tensor.device.type != self.device.type else "device"]
+            place["weights"] = place.get("weights", 0) + tensor.numel() * tensor.element_size()
+        if self.grads is not None:
+            place = places["host" if self.grads.is_on_host else "device"]
+            place["gradients"] = place.get("gradients", 0) + self.grads.num_bytes
         for home in self.masters.homes if self.masters is not None else []:
             place = places["host" if home.is_on_host else "device"]
             for kind, size in home.num_bytes.items():
@@ -133,9 +136,11 @@ class Assembly:
         return places
 
     def _module_tensors(self) -> list[Tensor]:
+        """This rank's memory of every parameter and buffer."""
         seen: dict[int, Tensor] = {}
         for tensor in [*self.module.parameters(), *self.module.buffers()]:
-            seen.setdefault(id(tensor), tensor)
+            item = self.shards.find(tensor) if self.shards is not None else None
+            seen.setdefault(id(tensor), tensor if item is None else item.padded)
         return list(seen.values())
 
 

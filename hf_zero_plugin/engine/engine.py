@@ -30,8 +30,10 @@ from hf_zero_plugin.engine.checkpointing import load_engine, save_engine
 from hf_zero_plugin.engine.grad_norm import grad_stats
 from hf_zero_plugin.engine.loss_scaler import LossScaler
 from hf_zero_plugin.engine.master_weights import StepInputs
+from hf_zero_plugin.engine.pending import values_of
 from hf_zero_plugin.engine.registry import register, unregister
 from hf_zero_plugin.engine.schedules import build_scheduler
+from hf_zero_plugin.engine.serving import WeightServer, serving
 from hf_zero_plugin.engine.sharded_assembly import assemble_sharded
 from hf_zero_plugin.engine.sharding import sharding_for
 from hf_zero_plugin.engine.timeline import Timed, describe_memory
@@ -104,6 +106,7 @@ class ZeroEngine(Timed, nn.Module):
         self._destroyed = False
         self._plain_modules: list[nn.Module] | None = None
         """All modules, unless one of them has a ``train`` of its own."""
+        self._server: WeightServer | None = None
         register(self)
         self._watch_if_asked(settings.wall_clock_breakdown)
 
@@ -298,12 +301,31 @@ class ZeroEngine(Timed, nn.Module):
             )
         return gathers
 
+    @contextlib.contextmanager
+    def streamed_saving(self) -> Iterator[None]:
+        """Inside, ``_zero3_consolidated_16bit_state_dict`` gives weights that are gathered when they are written.
+
+        Every rank must enter and call it; the others' calls return when rank 0 leaves the context. See ``serving.py``.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.parts.shards is not None:
+                self._server = stack.enter_context(serving(self.parts.shards))
+                stack.callback(setattr, self, "_server", None)
+            yield
+
+    def end_saving(self) -> None:
+        """On rank 0: everything has been written, the other ranks may go on. Harmless at any other time."""
+        if self._server is not None:
+            self._server.finish()
+
     @watched("gathering weights to save them")
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
         """All weights on the host of rank 0; an empty dict elsewhere. Collective at stage 3."""
         self.synchronize()
         frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
         left_out = frozen if exclude_frozen_parameters else set()
+        if self._server is not None:
+            return self._server.weights(lambda name: name not in left_out)
         if self.parts.shards is not None:
             return self.parts.shards.state_dict(lambda name: name not in left_out)
         if self.global_rank != 0:
@@ -363,12 +385,13 @@ class ZeroEngine(Timed, nn.Module):
         )
 
     def save_16bit_model(self, save_dir: str, save_filename: str = "model.safetensors") -> bool:
-        """Write the weights as one safetensors file, from rank 0."""
+        """Write the weights as one safetensors file, from rank 0; at stage 3 parameter by parameter."""
         from hf_zero_plugin.checkpoint.export import save_weights
 
-        state = self._zero3_consolidated_16bit_state_dict()
-        if self.global_rank == 0:
-            save_weights(state, save_dir, save_filename)
+        with self.streamed_saving():
+            state = self._zero3_consolidated_16bit_state_dict()
+            if self.global_rank == 0:
+                save_weights(state, save_dir, save_filename, values=values_of)
         return True
 
     def compile(self, backend: str = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any) -> None:

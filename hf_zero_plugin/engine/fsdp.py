@@ -32,6 +32,7 @@ from hf_zero_plugin.errors import HfZeroError
 __all__ = [
     "LEAF_MARK",
     "ShardedParam",
+    "drop_pending",
     "find_units",
     "fsdp_modules",
     "groups_of",
@@ -102,8 +103,8 @@ def find_units(model: nn.Module, leaf_classes: Sequence[str] = ()) -> list[nn.Mo
     """Modules to be gathered one at a time, in the order in which the model registers them.
 
     They are what the model itself calls indivisible (``_no_split_modules``), or else the members of its
-    ``nn.ModuleList``s, and always the leaf modules. Outermost ones win; one whose parameters are also used outside
-    of it is left to the root.
+    ``nn.ModuleList``s, and always the leaf modules. Outermost ones win; one that nobody calls (a list of modules), or
+    whose parameters are also used outside of it, is left to the root with all that is in it.
     """
     leaves = {id(m) for m in model.modules() if type(m).__name__ in leaf_classes or getattr(m, LEAF_MARK, False)}
     classes = {name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())}
@@ -119,7 +120,7 @@ def find_units(model: nn.Module, leaf_classes: Sequence[str] = ()) -> list[nn.Mo
     units = [
         unit
         for unit in _outermost(model, blocks | leaves)
-        if unit is not model and any(True for _ in unit.parameters())
+        if unit is not model and type(unit).forward is not nn.Module.forward and any(True for _ in unit.parameters())
     ]
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
@@ -160,7 +161,9 @@ def shard_units(
             ignored_params=whole,
         )
     fully_shard(model, mesh=mesh, mp_policy=mixed, offload_policy=policy, ignored_params=whole)
-    _plan_prefetch(units, sizes, settings.stage3.prefetch_bucket_size)
+    # One rank fetches nothing by itself before it is asked to. With several, FSDP2 overlaps one gather by itself.
+    at_least = 1 if mesh.size() == 1 else 0
+    _plan_prefetch(model, units, sizes, settings.stage3.prefetch_bucket_size, at_least)
     if mesh.size() > 1 and hasattr(model, "set_reduce_scatter_unused_params"):
         # Ranks that take different branches must still reduce the same parameters.
         for module in fsdp_modules(model):
@@ -184,12 +187,16 @@ def _num_kept(sizes: Sequence[int], total: int, max_live: int) -> int:
     return kept
 
 
-def _plan_prefetch(units: Sequence[nn.Module], sizes: Sequence[int], budget: int) -> None:
-    """Gather ahead as many units as fit into ``budget`` elements; FSDP2 by itself gathers one ahead."""
+def _plan_prefetch(
+    model: nn.Module, units: Sequence[nn.Module], sizes: Sequence[int], budget: int, at_least: int
+) -> None:
+    """Gather ahead as many units as fit into ``budget`` elements; FSDP2 by itself gathers one ahead in backward."""
+    if at_least and units:
+        model.set_modules_to_forward_prefetch([units[0]])  # type: ignore[operator]
     for index, unit in enumerate(units):
-        ahead = _fitting(range(index + 1, len(units)), sizes, budget)
+        ahead = _fitting(range(index + 1, len(units)), sizes, budget) or [*range(index + 1, len(units))][:at_least]
         behind = _fitting(range(index - 1, -1, -1), sizes, budget)
-        if len(ahead) > 1:
+        if len(ahead) > (0 if at_least else 1):
             unit.set_modules_to_forward_prefetch([units[i] for i in ahead])  # type: ignore[operator]
         if len(behind) > 1:
             unit.set_modules_to_backward_prefetch([units[i] for i in behind])  # type: ignore[operator]
@@ -269,3 +276,19 @@ def reshard_all(model: nn.Module) -> None:
     """Free gathered copies, so that the next use gathers what the shards hold then."""
     for module in fsdp_modules(model):
         module.reshard()
+        for group in groups_of(module):
+            drop_pending(group)
+
+
+def drop_pending(group: Any) -> None:
+    """Forget what was gathered ahead and has not been used: it is what the shards held then."""
+    result, group._all_gather_result = group._all_gather_result, None
+    if result is None:
+        return
+    if isinstance(result.all_gather_work, dist.Work):
+        result.all_gather_work.wait()
+    if result.all_gather_event is not None and group.device.type == "cuda":
+        torch.cuda.current_stream(group.device).wait_event(result.all_gather_event)
+    for handle in group.fsdp_params:
+        for room in handle.all_gather_outputs if group.is_sharded else []:
+            room.untyped_storage().resize_(0)

@@ -113,11 +113,16 @@ class GradientStore:
 
     def widen(self, bucket: int, start: int, end: int, out: Tensor) -> None:
         """Copy a part, as fp32, into ``out`` (end - start,): the same memory for the same part every time, please."""
-        out.copy_(self.part(bucket, start, end))
+        part = self.part(bucket, start, end)
+        # What crosses the link is the narrow type: it is widened where ``out`` is.
+        out.copy_(part if part.device == out.device else part.to(out.device, non_blocking=True))
 
     def clear_part(self, bucket: int, start: int, end: int) -> None:
         """Forget a consumed part, on the current stream, so call it where the gradient was consumed."""
         self.part(bucket, start, end).zero_()
+
+    frees_when_released = False
+    """Whether ``release`` gives memory back, so that the compute stream must come after who read it."""
 
     def release(self, bucket: int) -> None:
         """The compute stream is ordered after the update that has read this bucket's gradients: drop their memory."""
@@ -157,6 +162,11 @@ class GradientStore:
     @property
     def num_bytes(self) -> int:
         raise NotImplementedError
+
+    @property
+    def is_on_host(self) -> bool:
+        """Rather than where the model computes."""
+        return False
 
     def _on_grad(self, index: int, param: Tensor) -> None:
         raise NotImplementedError

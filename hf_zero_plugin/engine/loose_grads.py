@@ -51,6 +51,8 @@ def _targets(layout: BucketLayout, start: int, end: int, out: Tensor) -> _Target
 class LooseGrads(GradientStore):
     """See the module. For one rank: nothing is reduced. A parameter without a gradient counts as zero."""
 
+    frees_when_released = True
+
     def __init__(
         self,
         layouts: Sequence[BucketLayout],

@@ -159,7 +159,9 @@ class DeviceHome(Home):
     def _write_weight(self, index: int) -> None:
         weight, master = self.context.weight_of(self.pieces[index]), self._states.masters[index]
         assert master is not None
-        if weight.data_ptr() != master.data_ptr():  # fp32 weights are their own masters
+        if weight.device != master.device:  # offloaded weights of states that are kept on the device
+            weight.copy_(master.view(-1).to(weight.dtype), non_blocking=True)
+        elif weight.data_ptr() != master.data_ptr():  # fp32 weights are their own masters
             weight.copy_(master.view(-1))
 
     def _widen(self, grad: Tensor) -> Tensor:
@@ -170,6 +172,12 @@ class DeviceHome(Home):
             self._scratch = torch.empty(longest, dtype=torch.float32, device=self.context.device)
         return self._scratch[: grad.numel()].copy_(grad)
 
+    def synchronize(self) -> None:
+        if self.context.device.type == "cuda" and any(
+            self.context.weights[piece.bucket].device.type == "cpu" for piece in self.pieces
+        ):
+            torch.cuda.synchronize(self.context.device)
+
     def tensors(self, index: int) -> dict[str, Tensor]:
         return self._states.tensors(index)
 
@@ -179,7 +187,8 @@ class DeviceHome(Home):
     @property
     def num_bytes(self) -> dict[str, int]:
         sizes = self._states.num_bytes()
-        if all(self.context.weights[piece.bucket].dtype == torch.float32 for piece in self.pieces):
+        weights = [self.context.weights[piece.bucket] for piece in self.pieces]
+        if all(weight.dtype == torch.float32 and weight.device == self.context.device for weight in weights):
             sizes["master weights"] = 0  # the weights themselves
         return sizes
 
@@ -222,7 +231,11 @@ class MasterWeights:
             first = min(slot.spec.index for slot in layout.slots)
             self._handles.append(params[first].register_post_accumulate_grad_hook(self._prefetch))
 
-    def _prefetch(self, _: Tensor) -> None:
+    def _prefetch(self, _: Tensor | None = None) -> None:
+        self.prefetch_if_due()
+
+    def prefetch_if_due(self) -> None:
+        """Within a backward pass that a step follows: fetch states into memory that has become free."""
         if self._prefetches:
             for home in self.homes:
                 home.prefetch()

@@ -9,7 +9,8 @@ A piece of the states is uploaded into a buffer on the device, updated there, an
 
 PCIe carries both directions at once, so a parameter costs 12 bytes of one direction (Adam); on a x16 gen5 link that is
 faster than host cores can read and write the same 28 bytes, and it leaves the cores alone. Gradients never leave the
-device and weights never come back from the host. The host thread waits for nothing.
+device and weights never come back from the host, unless they are offloaded too (stage 3): then new weights go down in
+half precision, ahead of the states, and gradients that rest on the host come up. The host thread waits for nothing.
 
 How much is staged ahead decides how soon the next forward pass finds new weights. As the backward pass goes on it frees
 activations, and staging takes that memory: never more than the device held when the pass began, and no more than half
@@ -216,7 +217,12 @@ class StreamedHome(Home):
         if inputs.multiplier is not None:
             wide.mul_(inputs.multiplier)
         self.context.rule.update(master, wide, states, inputs.groups[piece.group], number, inputs.found_inf)
-        self.context.weight_of(piece).copy_(master)
+        weight = self.context.weight_of(piece)
+        if weight.device == master.device:
+            weight.copy_(master)
+        else:  # what crosses the link is the narrow type
+            weight.copy_(master.to(weight.dtype, copy=True), non_blocking=True)
+            self._tick.zero_()
         self.context.clear_grad(piece)
         self._done.setdefault(piece.bucket, []).append(self._slots[index % len(self._slots)].record_event())
         if not self.context.is_alone and self.last_piece_of_bucket[piece.bucket] == index:
@@ -240,8 +246,9 @@ class StreamedHome(Home):
     def wait(self, bucket: int) -> None:
         self._reap()
         current = torch.cuda.current_stream(self.context.device)
-        # The compute stream too: the memory of gradients is its own, and free for it from here on.
-        for stream in dict.fromkeys((current, self._compute)):
+        # The compute stream too, if the memory of gradients is its own and free for it from here on.
+        streams = (current, self._compute) if self.context.grads.frees_when_released else (current,)
+        for stream in dict.fromkeys(streams):
             for event in self._done.get(bucket, ()):
                 stream.wait_event(event)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_zero_plugin.engine.buckets import BucketLayout
 from hf_zero_plugin.engine.flat import view_of
 from hf_zero_plugin.engine.gradients import GradientStore
+from hf_zero_plugin.engine.lone_grads import LoneGrads
 from hf_zero_plugin.engine.sharding import Sharding
 
 __all__ = ["ShardedGrads", "Stage3Grads"]
@@ -94,9 +95,10 @@ class ShardedGrads(GradientStore):
 class Stage3Grads(GradientStore):
     """Parameters that stay whole and parameters that are sharded, as one store."""
 
-    def __init__(self, whole: GradientStore | None, sharded: ShardedGrads) -> None:
+    def __init__(self, whole: GradientStore | None, sharded: ShardedGrads | LoneGrads) -> None:
         self.layouts = [*(whole.layouts if whole is not None else []), *sharded.layouts]
         self.sharding = sharded.sharding
+        self.sharded = sharded
         self._stores: list[GradientStore] = [sharded] if whole is None else [whole, sharded]
         self._store_of = {layout.index: store for store in self._stores for layout in store.layouts}
 
@@ -126,6 +128,26 @@ class Stage3Grads(GradientStore):
     def release(self, bucket: int) -> None:
         self._store_of[bucket].release(bucket)
 
+    def clear_part(self, bucket: int, start: int, end: int) -> None:
+        if self._is_lone(bucket):
+            self.sharded.clear_part(bucket, start, end)
+        else:
+            super().clear_part(bucket, start, end)
+
+    def part(self, bucket: int, start: int, end: int) -> Tensor:
+        lone = self._is_lone(bucket)
+        return self.sharded.part(bucket, start, end) if lone else super().part(bucket, start, end)
+
+    def _is_lone(self, bucket: int) -> bool:
+        return isinstance(self.sharded, LoneGrads) and self._store_of[bucket] is self.sharded
+
+    def norm_views(self) -> list[Tensor]:
+        return [view for store in self._stores for view in store.norm_views()]
+
     @property
     def num_bytes(self) -> int:
         return sum(store.num_bytes for store in self._stores)
+
+    @property
+    def is_on_host(self) -> bool:
+        return self.sharded.is_on_host

@@ -23,6 +23,10 @@ from hf_zero_plugin.engine.shards import Shards, span_of
 __all__ = ["Fill", "make_real", "make_storage", "name_sharded", "place_the_rest", "swap_for_meta"]
 
 
+OwnedPiece = tuple[Home, int, Piece]
+"""Home, the piece's index in it, piece."""
+
+
 def name_sharded(groups: Sequence[dict[str, Any]], module: nn.Module) -> None:
     """Groups may name parameters as they were before sharding, or while they were gathered."""
     shards: Shards | None = getattr(module, "_zero_shards", None)
@@ -92,9 +96,13 @@ def swap_for_meta(module: nn.Module, originals: dict[str, nn.Parameter], compute
 def make_storage(
     module: nn.Module, layouts: Sequence[BucketLayout], home: torch.device, settings: EngineSettings
 ) -> list[Tensor]:
-    """One zeroed flat buffer per layout; page-locked if it is to be read by a GPU."""
+    """One flat buffer per layout, zero between the slots; page-locked if it is to be read by a GPU."""
     if home.type != "cpu" or not torch.cuda.is_available():
-        return [torch.zeros(layout.padded_numel, dtype=layout.dtype, device=home) for layout in layouts]  # type: ignore[call-overload]
+        # Memory of the host is not touched before values come: until then it is the model's own that is in use.
+        flats = [torch.empty(layout.padded_numel, dtype=layout.dtype, device=home) for layout in layouts]  # type: ignore[call-overload]
+        for flat, layout in zip(flats, layouts):
+            _zero_gaps(flat, layout)
+        return flats
     arenas = {}
     for dtype in sorted({layout.dtype for layout in layouts}, key=str):
         numel = sum(layout.padded_numel for layout in layouts if layout.dtype == dtype)
@@ -102,6 +110,14 @@ def make_storage(
     # The model outlives its engine, and its storage must stay page-locked as long as it is used.
     module._zero_arenas = list(arenas.values())  # type: ignore[assignment]
     return [arenas[layout.dtype].take(layout.padded_numel).zero_() for layout in layouts]
+
+
+def _zero_gaps(flat: Tensor, layout: BucketLayout) -> None:
+    position = 0
+    for slot in sorted(layout.slots, key=lambda slot: slot.start):
+        flat[position : slot.start].zero_()
+        position = slot.end
+    flat[position:].zero_()
 
 
 class Fill:
@@ -112,21 +128,25 @@ class Fill:
         self._group = group
         self._rank = rank
         self._world_size = world_size
-        self._pieces: dict[int, list[tuple[Home, int, Piece]]] = {}
-        if parts.masters is not None:
-            for home, index, piece in parts.masters.pieces():
-                self._pieces.setdefault(piece.bucket, []).append((home, index, piece))
+        self._parts = parts
+
+    def pieces_by_bucket(self) -> dict[int, list[OwnedPiece]]:
+        """Pieces with their homes, once there are masters."""
+        pieces: dict[int, list[OwnedPiece]] = {}
+        for home, index, piece in self._parts.masters.pieces() if self._parts.masters is not None else ():
+            pieces.setdefault(piece.bucket, []).append((home, index, piece))
+        return pieces
 
     @torch.no_grad()
-    def __call__(self, source: Tensor, flat: Tensor, layout: BucketLayout, slot: Slot, is_trained: bool) -> None:
+    def __call__(self, source: Tensor, flat: Tensor, slot: Slot, pieces: Sequence[OwnedPiece] = ()) -> None:
+        """``pieces``: of the slot's bucket, if its masters are there already and must keep more than the weights."""
         rows = self._rows(source, slot)
         flat[slot.start : slot.end].copy_(rows)
-        if is_trained:
-            for home, index, piece in self._pieces.get(layout.index, ()):
-                start, end = max(piece.start, slot.start), min(piece.end, slot.end)
-                if start < end:
-                    master = home.tensors(index)["master"].view(-1)
-                    master[start - piece.start : end - piece.start].copy_(rows[start - slot.start : end - slot.start])
+        for home, index, piece in pieces:
+            start, end = max(piece.start, slot.start), min(piece.end, slot.end)
+            if start < end:
+                master = home.tensors(index)["master"].view(-1)
+                master[start - piece.start : end - piece.start].copy_(rows[start - slot.start : end - slot.start])
         if isinstance(source, nn.Parameter) and not source.is_meta:
             source.data = source.data.new_empty(0)
 

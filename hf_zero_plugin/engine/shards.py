@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from hf_zero_plugin.engine.collectives import all_gather_flat
-from hf_zero_plugin.engine.fsdp import ShardedParam, fsdp_modules, groups_of, reshard_all, sharded_params
+from hf_zero_plugin.engine.fsdp import ShardedParam, drop_pending, fsdp_modules, groups_of, reshard_all, sharded_params
 from hf_zero_plugin.engine.master_weights import MasterWeights
 from hf_zero_plugin.engine.watchdog import Watchdog
 
@@ -72,6 +72,8 @@ class Shards:
         self._indices = {id(item.handle): index for index, item in enumerate(self.params)}
         self._guarded: list[Any] = []
         self.watchdog: Watchdog | None = None
+        self.transfers: Any = None
+        """``UnitTransfers`` of a lone rank."""
         self.number = next(_numbers)
         """Engines are made in the same order on every rank."""
         for index, item in enumerate(self.params):
@@ -129,6 +131,7 @@ class Shards:
     def write(self, item: ShardedParam, whole: Tensor) -> None:
         """Take this rank's rows of ``whole`` as the new shard. The caller sees to it that ranks agree."""
         span = span_of(self.shape(item), self.rank, self.world_size)
+        drop_pending(item.group)
         item.padded[: span.end - span.start].copy_(whole.reshape(-1)[span.start : span.end])
         if item.group.is_unsharded:
             item.handle.unsharded_param.data.copy_(whole)
@@ -170,6 +173,9 @@ class Shards:
 
     def close(self) -> None:
         self.reshard()
+        if self.transfers is not None:
+            self.transfers.close()
+            self.transfers = None
         for group in self._guarded:
             vars(group).pop("unshard", None)
         self._guarded.clear()

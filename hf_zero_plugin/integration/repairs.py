@@ -141,13 +141,14 @@ def repair_training_args(module: ModuleType) -> None:
 
 
 def repair_trainer(module: ModuleType) -> None:
-    """Trainer: a second ``train()``, and evaluation before training at any stage.
+    """Trainer: a second ``train()``, evaluation before training at any stage, and saving that is streamed.
 
     Mends: ``train`` wraps the engine of the train before it, which is destroyed by then; ``evaluate`` and ``predict``
     without training raise "ZeRO inference only makes sense with ZeRO Stage 3", and drop the optimizer section, so
     that a later ``train`` has none.
     """
     from hf_zero_plugin.engine.engine import ZeroEngine
+    from hf_zero_plugin.integration.streamed_saving import stream_saving
 
     cls = module.Trainer
     train, init = cls.train, module.deepspeed_init
@@ -166,6 +167,7 @@ def repair_trainer(module: ModuleType) -> None:
         plugin.hf_ds_config.trainer_config_finalize(trainer.args, trainer.model, num_training_steps)
         return None, None
 
+    stream_saving(module)
     cls.train = train_again
     module.deepspeed_init = deepspeed_init  # type: ignore[attr-defined]
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_zero_plugin.engine import assembly, sharded_assembly
+from hf_zero_plugin.engine import assembly, sharded_assembly, sharded_wiring
 from hf_zero_plugin.engine.engine import ZeroEngine
+from hf_zero_plugin.engine.offload_stream import StreamedHome
 from hf_zero_plugin.integration.zero_api import GatheredParameters
 
 from .stage3 import engine_for
@@ -27,6 +28,9 @@ PLACES: dict[str, dict[str, Any]] = {
     "states on host threads": {"states_on": "cpu", "offload": {"step_on": "host"}},
     "weights offloaded": {"params_on": "cpu"},
     "both offloaded": {"params_on": "cpu", "states_on": "cpu"},
+    "both offloaded, gradients too": {"params_on": "cpu", "states_on": "cpu", "gradients_on": "cpu"},
+    "both offloaded, host threads": {"params_on": "cpu", "states_on": "cpu", "offload": {"step_on": "host"}},
+    "weights offloaded, half of the states": {"params_on": "cpu", "states_on": "cpu", "offload": {"ratio": 0.5}},
 }
 
 
@@ -67,9 +71,19 @@ class Wide(nn.Module):
         return self.last(x)
 
 
-def _engine(precision: str = "bf16", *, whole: int = 4096, checkpointed: bool = False, **options: Any) -> ZeroEngine:
+def _engine(
+    precision: str = "bf16",
+    *,
+    whole: int = 4096,
+    checkpointed: bool = False,
+    gradients_on: str = "cuda",
+    **options: Any,
+) -> ZeroEngine:
     model = Wide(checkpointed=checkpointed)
-    return engine_for(model, precision=precision, whole=whole, device="cuda", **options)
+    share = sharded_wiring.DEVICE_SHARE if gradients_on == "cuda" else 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded_wiring, "DEVICE_SHARE", share)
+        return engine_for(model, precision=precision, whole=whole, device="cuda", **options)
 
 
 def _train(engine: ZeroEngine, steps: int = 8, rows: int = 2) -> list[float]:
@@ -163,19 +177,65 @@ def test_checkpoint_moves_between_places(tmp_path: Any) -> None:
         second.destroy()
 
 
-def test_offloaded_weights_leave_the_device() -> None:
-    """Between steps nothing of the layers is on the device; while training, a few layers at a time."""
+@pytest.mark.parametrize("place", ["both offloaded", "both offloaded, gradients too", "both offloaded, host threads"])
+def test_offloaded_weights_leave_the_device(place: str) -> None:
+    """Between steps nothing of the layers is on the device but what is meant to be; in training, a few at a time."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    engine = _engine(params_on="cpu", states_on="cpu", stage3={"max_live_parameters": 0, "prefetch_bucket_size": 0})
+    engine = _engine(**PLACES[place], stage3={"max_live_parameters": 0, "prefetch_bucket_size": 0})
     _train(engine, 2)
     torch.cuda.synchronize()
     num = sum(layout.padded_numel for layout in engine.parts.layouts)
-    assert torch.cuda.memory_allocated() - before < 2 * num // 4
+    stays = 2 * num if place == "both offloaded" else 0
+    assert torch.cuda.memory_allocated() - before < stays + 2 * num // 4
     torch.cuda.reset_peak_memory_stats()
     _train(engine, 2)
     one = 2 * WIDTH * (WIDTH + 1)
-    assert torch.cuda.max_memory_allocated() - before < 9 * one + 16 * 2**20
+    homes = engine.parts.masters.homes if engine.parts.masters is not None else []
+    staging = sum(home.staging_bytes for home in homes if isinstance(home, StreamedHome))
+    assert torch.cuda.max_memory_allocated() - before < stays + staging + 9 * one + 16 * 2**20
+    engine.destroy()
+
+
+@pytest.mark.parametrize("place", ["both offloaded", "both offloaded, gradients too"])
+def test_no_pass_waits_on_the_host(place: str) -> None:
+    """Forward and backward queue everything; the host looks at the device once, when the step reads the norm."""
+    engine = _engine(**PLACES[place])
+    _train(engine, 2)
+    x = torch.randn(2, WIDTH, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            engine.backward(engine(x).float().square().mean())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        engine.step()
+    engine.destroy()
+
+
+def test_weights_of_a_unit_are_up_before_the_unit_in_front_of_it_ends() -> None:
+    engine = _engine(params_on="cpu", states_on="cpu")
+    _train(engine, 2)
+    engine.synchronize()
+    assert engine.parts.shards is not None
+    stream = engine.parts.shards.transfers._stream
+    arrived, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    second = engine.module.layers[1]
+
+    def note(*_: Any) -> None:
+        arrived.record(stream)  # behind the copies of the third layer, which were queued before this hook
+
+    def slow(*_: Any) -> None:
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        ended.record()
+
+    handles = [second.register_forward_pre_hook(note), second.linear.register_forward_hook(slow)]
+    engine(torch.randn(2, WIDTH, device="cuda", dtype=torch.bfloat16))
+    torch.cuda.synchronize()
+    for handle in handles:
+        handle.remove()
+    assert arrived.elapsed_time(ended) > 20
     engine.destroy()
 
 

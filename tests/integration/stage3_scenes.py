@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,56 @@ def _trainer(out: Path, config: Any, model: Any = None, **options: Any) -> Any:
     return Seq2SeqTrainer(model=model, args=arguments, train_dataset=_data(), eval_dataset=_data()[:7])
 
 
+def _experts() -> Any:
+    """Transformers stacks the weights of experts when it loads them, and cuts them again when it saves them."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=65,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        num_experts_per_tok=3,
+    )
+    return MixtralForCausalLM(config)
+
+
+def _save_experts(out: Path, config: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Saved as it is; ``options`` change how the Trainer saves."""
+    trainer = _trainer(out, config, _experts, **options)
+    trainer.evaluate(_texts())
+    with _counted_streams() as streams:
+        trainer.save_model(str(out))
+    trainer.accelerator.wait_for_everyone()
+    return {"streams": len(streams)}
+
+
+def _texts() -> list[dict[str, Any]]:
+    return [{"input_ids": row["labels"], "labels": row["labels"]} for row in _data()[:4]]
+
+
+@contextmanager
+def _counted_streams() -> Iterator[list[str]]:
+    from hf_zero_plugin.integration import streamed_saving
+
+    written, stream = [], streamed_saving.stream_safetensors
+
+    def counted(tensors: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        written.append(str(path))
+        stream(tensors, path, *args, **kwargs)
+
+    streamed_saving.stream_safetensors = counted
+    try:
+        yield written
+    finally:
+        streamed_saving.stream_safetensors = stream
+
+
 def _play(trainer: Any, out: Path, *, evaluate_first: bool = False, resume: str | None = None) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     if evaluate_first:
@@ -96,7 +148,9 @@ def _play(trainer: Any, out: Path, *, evaluate_first: bool = False, resume: str 
     seen["loss"] = [log["loss"] for log in logs]
     seen["after"] = trainer.evaluate()["eval_loss"]
     seen["generated"] = trainer.predict(_data()[:7]).predictions.tolist()
-    trainer.save_model(str(out))
+    with _counted_streams() as streams:
+        trainer.save_model(str(out))
+    seen["streams"] = len(streams)
     trainer.accelerator.wait_for_everyone()
     return seen
 
@@ -165,6 +219,10 @@ def main(out: Path, other: str) -> None:
         ("lora at stage 2", _config("zero2_offload")),
     ):
         results[name] = _lora(out / name, config)
+    results["experts"] = _save_experts(out / "experts", sharded, predict_with_generate=False)
+    results["experts at stage 0"] = _save_experts(
+        out / "experts at stage 0", _config("zero0"), predict_with_generate=False
+    )
     if trainer.args.process_index == 0:
         (out / "results.json").write_text(json.dumps(results))
 

@@ -74,6 +74,18 @@ def test_equals_stage_0(scene: str, ranks: int, one: Results, two: Results) -> N
         assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-5) or "resumed" in scene
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_are_streamed_into_one_set(ranks: int, one: Results, two: Results) -> None:
+    """From stage 3 alone; experts, which are cut into many tensors on the way to the file, as well."""
+    out, results = one if ranks == 1 else two
+    assert [results[scene]["streams"] for scene in ("sharded", "offloaded", "stage 0", "lora")] == [1, 1, 0, 0]
+    assert results["experts"]["streams"] == 1
+    assert results["experts at stage 0"]["streams"] == 0
+    saved, wanted = _weights((out, results), "experts"), _weights((out, results), "experts at stage 0")
+    assert len(saved) > 2 * 3 * 3
+    _assert_same_weights(saved, wanted, 0)
+
+
 def test_two_ranks_generate_rows_of_uneven_lengths_as_one_does(one: Results, two: Results) -> None:
     rows = one[1]["sharded"]["generated"]
     lengths = {len([token for token in row if token]) for row in rows}

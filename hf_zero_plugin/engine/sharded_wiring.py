@@ -1,0 +1,221 @@
+"""The parts that train at stage 3: where gradients and states of sharded parameters rest, and what connects them.
+
+::
+
+    ranks  weights      gradients                                    states, and who updates them
+    1      device       device                    LoneGrads          as at stage 2
+    1      host         device, or host if large  LoneGrads          device, or host and streamed through the device
+    1      host         host                      LoneGrads          host, "step_on": "host": a host thread
+    N      either       where weights are         ShardedGrads       where weights are
+
+Whole parameters, which are small, go the way of stage 1 with states on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_zero_plugin.config.settings import EngineSettings
+from hf_zero_plugin.engine import assembly
+from hf_zero_plugin.engine.assembly import Assembly
+from hf_zero_plugin.engine.buckets import BucketLayout, Piece, Slot, cut_pieces, cut_whole_parameters
+from hf_zero_plugin.engine.client_home import ClientHome
+from hf_zero_plugin.engine.flat import FlatWeights
+from hf_zero_plugin.engine.gradients import ReduceOptions, ResidentGrads
+from hf_zero_plugin.engine.lone_grads import LoneGrads
+from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home, MasterWeights
+from hf_zero_plugin.engine.offload_host import HostHome
+from hf_zero_plugin.engine.optimizers import TorchRule, UpdateRule
+from hf_zero_plugin.engine.readiness import Doors
+from hf_zero_plugin.engine.sharded_grads import ShardedGrads, Stage3Grads
+from hf_zero_plugin.engine.unit_transfers import UnitTransfers
+
+__all__ = ["Plan", "connect_training"]
+
+
+class Plan(NamedTuple):
+    """What goes where. Layouts of whole parameters come first, and so do their indices."""
+
+    whole: list[BucketLayout]
+    sharded: list[BucketLayout]
+    frozen: list[BucketLayout]
+    """Storage of sharded parameters that are not trained; numbered apart, like their indices."""
+    names: list[str]
+    """By index in ``whole`` and ``sharded``."""
+    frozen_names: list[str]
+
+    @property
+    def places(self) -> dict[str, tuple[BucketLayout, Slot, bool]]:
+        """Sharded parameter -> (layout, slot, whether it is trained)."""
+        trained = {self.names[s.spec.index]: (layout, s, True) for layout in self.sharded for s in layout.slots}
+        rest = {self.frozen_names[s.spec.index]: (layout, s, False) for layout in self.frozen for s in layout.slots}
+        return {**trained, **rest}
+
+
+def connect_training(
+    parts: Assembly,
+    settings: EngineSettings,
+    plan: Plan,
+    flats: Sequence[Tensor],
+    home: torch.device,
+    rule: UpdateRule,
+    client: torch.optim.Optimizer | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Connect gradients, masters and doors; masters of sharded parameters are what their weights are now."""
+    assert parts.shards is not None and parts.optimizer is not None
+    by_name = dict(parts.module.named_parameters())
+    parts.params = [by_name[name] for name in plan.names]
+    parts.layouts = [*plan.whole, *plan.sharded]
+    parts.gather_group = group
+    parts.weights = FlatWeights(parts.layouts, parts.params, parts.device)
+    exact = assembly.adopt_weights(parts.weights, plan.whole, parts.sharding, group)
+    parts.weights.flats += flats
+    streams = _streams(parts, settings, rule, client, home)
+    parts.grads = _make_grads(parts, settings, plan, flats, group, streams)
+    homes = _make_homes(parts, settings, plan, home, rule, client)
+    parts.masters = MasterWeights(homes, parts.grads, len(parts.layouts))
+    num_whole = len(plan.whole)
+    for owner, index, piece in parts.masters.pieces():
+        if piece.bucket < num_whole:
+            owner.set_master(index, exact(piece))
+        else:
+            weight = owner.context.weight_of(piece)
+            is_master = weight.dtype == torch.float32 and weight.device == owner.context.device
+            place = torch.device("cpu") if owner.is_on_host else owner.context.device
+            owner.set_master(index, weight if is_master else weight.to(place, torch.float32))
+    parts.doors = Doors(parts.module, plan.whole, parts.params)
+    parts.doors.guard(parts.masters)
+    buckets = {plan.names[slot.spec.index]: layout.index for layout in plan.sharded for slot in layout.slots}
+    sharded = parts.grads.sharded
+    if isinstance(sharded, LoneGrads):
+        parts.shards.transfers = UnitTransfers(parts.shards, parts.masters, buckets, sharded.take)
+    else:
+        assembly.prefetch_states(parts)
+        parts.shards.guard(parts.masters, buckets)
+
+
+def _make_grads(
+    parts: Assembly,
+    settings: EngineSettings,
+    plan: Plan,
+    flats: Sequence[Tensor],
+    group: dist.ProcessGroup | None,
+    streams: bool,
+) -> Stage3Grads:
+    assert parts.weights is not None and parts.shards is not None
+    sharding = parts.sharding
+    wanted = settings.grad_accum_dtype or ("fp32" if settings.precision == "bf16" else settings.precision)
+    accumulate_fp32 = wanted == "fp32" and settings.precision != "fp32"
+    num_whole = sum(len(layout.slots) for layout in plan.whole)
+    whole = None
+    if plan.whole:
+        whole = ResidentGrads(
+            plan.whole,
+            parts.params[:num_whole],
+            sharding,
+            ReduceOptions(sharding.world_size, op=settings.gradient_allreduce_op),
+            group=group,
+            overlap=False,  # after FSDP2's collectives, which ranks may reach in another order
+            flats=parts.weights.flats[: len(plan.whole)],
+            accumulate_fp32=accumulate_fp32,
+        )
+    # FSDP2 takes the mean.
+    factor = float(sharding.world_size) if settings.gradient_allreduce_op == "sum" else 1.0
+    if sharding.world_size > 1:
+        return Stage3Grads(
+            whole,
+            ShardedGrads(plan.sharded, parts.params, sharding, flats, accumulate_fp32=accumulate_fp32, factor=factor),
+        )
+    widens = accumulate_fp32 and settings.gradient_accumulation_steps > 1
+    num_bytes = sum(flat.numel() * (4 if widens else flat.element_size()) for flat in flats)
+    is_offloaded = bool(flats) and flats[0].device != parts.device
+    lone = LoneGrads(
+        plan.sharded,
+        sharding,
+        flats,
+        device=parts.device,
+        on_host=is_offloaded and not (streams and _fits_device(num_bytes, parts.device)),
+        accumulate_fp32=accumulate_fp32,
+        pin_memory=settings.offload_param.pin_memory,
+    )
+    return Stage3Grads(whole, lone)
+
+
+DEVICE_SHARE = 0.25
+"""Gradients of offloaded weights stay on the device if they take no more than this share of it: two bytes a parameter
+there save two of host memory and two on the link, each way."""
+
+
+def _fits_device(num_bytes: int, device: torch.device) -> bool:
+    total = torch.cuda.get_device_properties(device).total_memory
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return num_bytes <= DEVICE_SHARE * fraction * total
+
+
+def _streams(parts: Assembly, settings: EngineSettings, rule: UpdateRule, client: Any, home: torch.device) -> bool:
+    """Whether offloaded weights are updated on the device, which their states live on or pass through."""
+    return (
+        home != parts.device
+        and parts.device.type == "cuda"
+        and parts.sharding.world_size == 1
+        and client is None
+        and rule.elementwise
+        and not isinstance(rule, TorchRule)
+        and settings.offload_optimizer.step_on != "host"
+    )
+
+
+def _make_homes(
+    parts: Assembly,
+    settings: EngineSettings,
+    plan: Plan,
+    home: torch.device,
+    rule: UpdateRule,
+    client: torch.optim.Optimizer | None,
+) -> list[Home]:
+    """States of whole parameters stay on the device: they are few, and gathered on the main thread.
+
+    States of offloaded parameters are updated on the device if there is one rank, wherever they rest; otherwise they
+    rest where the parameters are, and are updated there.
+    """
+    assert parts.weights is not None and parts.grads is not None and parts.optimizer is not None
+    whole = Context(
+        rule=rule,
+        weights=parts.weights.flats,
+        grads=parts.grads,
+        finish_bucket=lambda bucket, owner: assembly.finish_bucket(parts, bucket, owner),
+        device=parts.device,
+        is_alone=parts.sharding.world_size == 1,
+        groups=parts.optimizer.param_groups,
+    )
+    sharded = whole._replace(finish_bucket=lambda bucket, owner: None, device=home, is_alone=True)
+    if client is not None:
+        assembly.refuse_cut_parameters(rule, client, parts.sharding)
+        pieces = [piece for layout in parts.layouts for piece in cut_whole_parameters(layout)]
+        indices = [slot.spec.index for layout in parts.layouts for slot in layout.slots]
+        states = torch.device("cpu") if settings.offload_optimizer.device == "cpu" else home
+        return [ClientHome(sharded, pieces, client, parts.params, indices, states)]
+    device_home = DeviceHome(whole, list(_cut(plan.whole, rule, parts)))
+    if home == parts.device:
+        return [device_home, *assembly.make_homes(parts, settings, sharded, None, plan.sharded)]
+    if _streams(parts, settings, rule, client, home):
+        on_device = sharded._replace(device=parts.device)
+        return [device_home, *assembly.make_homes(parts, settings, on_device, None, plan.sharded)]
+    threaded = parts.device.type == "cuda" or settings.offload_optimizer.step_on == "host"
+    return [device_home, HostHome(sharded, list(_cut(plan.sharded, rule, parts)), pin_memory=False, threaded=threaded)]
+
+
+def _cut(layouts: Sequence[BucketLayout], rule: UpdateRule, parts: Assembly) -> Iterator[Piece]:
+    if not rule.elementwise:
+        assembly.refuse_cut_parameters(rule, None, parts.sharding)
+    for layout in layouts:
+        if rule.elementwise:
+            yield from cut_pieces(layout, parts.sharding.shard_of(layout))
+        else:
+            yield from cut_whole_parameters(layout)
