@@ -7,7 +7,7 @@ without ``gradient_clipping`` or ``gradient_accumulation_steps`` used to mean so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,21 @@ from hf_zero_plugin.config.fields import AUTO
 from hf_zero_plugin.config.paths import lookup
 from hf_zero_plugin.config.schema import known_keys, params_model
 
-__all__ = ["ADAM_FAMILY", "OWN_AUTO", "Fill", "all_fills", "remaining_autos"]
+__all__ = ["ADAM_FAMILY", "OWN_AUTO", "SIZES_BY_MODEL", "Fill", "all_fills", "all_sizes", "remaining_autos"]
 
 OWN_AUTO = frozenset({"$.zero_optimization.offload_optimizer.ratio", "$.zero_optimization.offload_optimizer.step_on"})
 """Keys whose "auto" is a value that the engine understands."""
+
+SIZES_BY_MODEL: dict[str, tuple[Callable[[int], int], str, int]] = {
+    "$.zero_optimization.reduce_bucket_size": (lambda h: h * h, "hidden size squared", 500_000_000),
+    "$.zero_optimization.stage3_prefetch_bucket_size": (
+        lambda h: int(0.9 * h * h),
+        "0.9 x hidden size squared",
+        50_000_000,
+    ),
+    "$.zero_optimization.stage3_param_persistence_threshold": (lambda h: 10 * h, "10 x hidden size", 100_000),
+}
+"""Keys that follow from the model: the formula in its hidden size, the same in words, the value without a model."""
 
 ADAM_FAMILY = frozenset({"adam", "adamw", "adamax", "nadam", "radam"})
 _LATER = "not known before the data is counted"
@@ -185,18 +196,19 @@ def _zero_fills(config: dict[str, Any], model: ModelFacts | None) -> dict[str, F
             note="So that save_model writes whole weights; accelerate alone would take false." if is_stage_3 else "",
         ),
     }
+    return {**fills, **all_sizes(model)}
+
+
+def all_sizes(model: ModelFacts | None) -> dict[str, Fill]:
+    """The fills of ``SIZES_BY_MODEL``."""
     hidden = model.hidden_size if model is not None else None
-    for name, formula, words, default in (
-        ("reduce_bucket_size", lambda h: h * h, "hidden size squared", 500_000_000),
-        ("stage3_prefetch_bucket_size", lambda h: int(0.9 * h * h), "0.9 x hidden size squared", 50_000_000),
-        ("stage3_param_persistence_threshold", lambda h: 10 * h, "10 x hidden size", 100_000),
-    ):
+    fills = {}
+    for path, (formula, words, default) in SIZES_BY_MODEL.items():
         if hidden is None:
             reason = "no model is given" if model is None else "the model names no hidden_size"
-            fill = Fill(value=default, source="default", note=f"{words} once it is known; {reason}")
+            fills[path] = Fill(value=default, source="default", note=f"{words} once it is known; {reason}")
         else:
-            fill = Fill(value=formula(hidden), source="model", note=f"{words} ({hidden})")
-        fills[f"{zero}.{name}"] = fill
+            fills[path] = Fill(value=formula(hidden), source="model", note=f"{words} ({hidden})")
     return fills
 
 

@@ -32,6 +32,7 @@ from hf_zero_plugin.errors import HfZeroError
 __all__ = [
     "LEAF_MARK",
     "ShardedParam",
+    "describe_gathered",
     "drop_pending",
     "find_units",
     "fsdp_modules",
@@ -270,6 +271,18 @@ def put_storage(sharded: ShardedParam, padded: Tensor) -> None:
             f"stage 3: fully_shard of torch {torch.__version__} did not take over the storage of {sharded.name!r}. "
             "Use a version of torch that hf-zero doctor lists as tested, or ZeRO stage 2."
         )
+
+
+def describe_gathered(sharded: ShardedParam, attributes: dict[str, Any]) -> None:
+    """Put attributes on the whole parameter that modules see while they run; FSDP2 makes it at the first gather."""
+    handle = sharded.handle
+    make = type(handle).init_unsharded_param
+
+    def init_unsharded_param() -> None:
+        make(handle)
+        vars(handle._unsharded_param).update(attributes)
+
+    handle.init_unsharded_param = init_unsharded_param
 
 
 def reshard_all(model: nn.Module) -> None:

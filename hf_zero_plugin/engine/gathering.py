@@ -7,7 +7,6 @@ place. On the way out one rank's version is given to all and cut again, and the 
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,20 +18,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from hf_zero_plugin.engine.fsdp import ShardedParam
-from hf_zero_plugin.engine.shards import Shards, living_shards
+from hf_zero_plugin.engine.shards import Shards, ZeroParamStatus, living_shards
 from hf_zero_plugin.errors import HfZeroError
 
-__all__ = ["ZeroParamStatus", "find_sharded", "gathered"]
+__all__ = ["find_sharded", "gathered"]
 
 _WHOLE = "_zero_whole"
-
-
-class ZeroParamStatus(enum.Enum):
-    """What ``param.ds_status`` says."""
-
-    AVAILABLE = 1
-    NOT_AVAILABLE = 2
-    INFLIGHT = 3
 
 
 class _Whole(DTensor):

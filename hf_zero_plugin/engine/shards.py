@@ -7,6 +7,7 @@ padding at its end.
 
 from __future__ import annotations
 
+import enum
 import functools
 import itertools
 import weakref
@@ -20,11 +21,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from hf_zero_plugin.engine.collectives import all_gather_flat
-from hf_zero_plugin.engine.fsdp import ShardedParam, drop_pending, fsdp_modules, groups_of, reshard_all, sharded_params
+from hf_zero_plugin.engine.fsdp import (
+    ShardedParam,
+    describe_gathered,
+    drop_pending,
+    fsdp_modules,
+    groups_of,
+    reshard_all,
+    sharded_params,
+)
 from hf_zero_plugin.engine.master_weights import MasterWeights
 from hf_zero_plugin.engine.watchdog import Watchdog
 
-__all__ = ["Shards", "Span", "living_shards", "span_of", "watch_evaluation"]
+__all__ = ["Shards", "Span", "ZeroParamStatus", "living_shards", "span_of", "watch_evaluation"]
 
 FORWARD_METHODS = ("generate",)
 """Methods of Hugging Face models that run parts of the model without going through its ``forward`` first."""
@@ -37,6 +46,14 @@ _living: weakref.WeakValueDictionary[int, Shards] = weakref.WeakValueDictionary(
 def living_shards() -> list[Shards]:
     """Of every model that is sharded, engine or not, in the order in which they were made."""
     return [shards for _, shards in sorted(_living.items())]
+
+
+class ZeroParamStatus(enum.Enum):
+    """What ``param.ds_status`` says."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
 
 
 class Span(NamedTuple):
@@ -76,12 +93,21 @@ class Shards:
         """``UnitTransfers`` of a lone rank."""
         self.number = next(_numbers)
         """Engines are made in the same order on every rank."""
-        for index, item in enumerate(self.params):
-            described = {"ds_id": index, "ds_shape": item.param.shape, "ds_numel": item.param.shape.numel()}
-            vars(item.param).update(described)
+        self._describe()
         # The model keeps this alive as long as it is sharded, and a later engine's takes its place.
         model._zero_shards = self  # type: ignore[assignment]
         _living[self.number] = self
+
+    def _describe(self) -> None:
+        """The attributes by which libraries tell what a parameter is, on every object that may stand for one."""
+        handles = {id(item.param): item for item in self.params}
+        for index, param in enumerate(self.model.parameters()):
+            item = handles.get(id(param))
+            known = {"ds_id": index, "ds_shape": param.shape, "ds_numel": param.shape.numel()}
+            available = {**known, "ds_status": ZeroParamStatus.AVAILABLE}
+            vars(param).update(available if item is None else {**known, "ds_status": ZeroParamStatus.NOT_AVAILABLE})
+            if item is not None:
+                describe_gathered(item, available)
 
     def remember(self, originals: dict[str, nn.Parameter]) -> None:
         """Parameters as they were before sharding, by name: whoever still holds one is understood."""

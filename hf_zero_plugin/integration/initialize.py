@@ -12,13 +12,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from hf_zero_plugin.config.auto import ResolvedConfig, resolve_dict
+from hf_zero_plugin.config.auto import ResolvedConfig
 from hf_zero_plugin.config.load import load_config
 from hf_zero_plugin.config.settings import EngineSettings
 from hf_zero_plugin.engine.engine import ZeroEngine, trainable_groups
 from hf_zero_plugin.errors import ConfigError, UnsupportedFeature
 from hf_zero_plugin.integration.accelerator import current_device
 from hf_zero_plugin.integration.comm import init_distributed
+from hf_zero_plugin.integration.given_config import settings_given
+from hf_zero_plugin.integration.parameter_offload import ParameterOffload
 
 __all__ = ["add_config_arguments", "init_distributed", "initialize"]
 
@@ -69,9 +71,10 @@ def initialize(
         raise ConfigError("deepspeed.initialize: no configuration was given; pass config= (a dict or a path)")
     init_distributed()
     resolved = _resolved_by_trainer(given)
-    settings = (
-        resolved.settings if resolved is not None else resolve_dict(_as_dict(given), world_size=dist.get_world_size())
-    )
+    if resolved is not None:
+        settings = resolved.settings
+    else:
+        settings = settings_given(_as_dict(given), model, world_size=dist.get_world_size())
     evaluates = optimizer is None and model_parameters is None and config is None
     groups = None if evaluates else _groups(model, optimizer, model_parameters, settings, resolved)
     engine = ZeroEngine(
@@ -83,6 +86,8 @@ def initialize(
         lr_scheduler=lr_scheduler,
         config=given if isinstance(given, dict) else _as_dict(given),
     )
+    if engine.optimizer is not None and engine.parts.shards is not None:
+        engine.optimizer.parameter_offload = ParameterOffload()  # type: ignore[attr-defined]
     if resolved is not None and engine.global_rank == 0 and groups is not None:
         _log_once(resolved)
     loader = _loader(training_data, settings, collate_fn) if training_data is not None else None

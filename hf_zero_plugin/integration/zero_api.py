@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_zero_plugin.engine.fsdp import LEAF_MARK
-from hf_zero_plugin.engine.gathering import ZeroParamStatus, find_sharded, gathered
-from hf_zero_plugin.engine.registry import engines_of
+from hf_zero_plugin.engine.gathering import find_sharded, gathered
+from hf_zero_plugin.engine.registry import engines_of, engines_with
+from hf_zero_plugin.engine.shards import ZeroParamStatus
 from hf_zero_plugin.integration.sharded_init import Init, lent
 
 __all__ = [
@@ -73,16 +74,20 @@ class GatheredParameters:
         self.modifier_rank = modifier_rank
 
     def __enter__(self) -> None:
-        engines = engines_of(self.params)
-        for engine in engines:
+        holders = engines_with(self.params)
+        for engine, _ in holders:
             engine.synchronize()
         sharded = {id(place.given) for place in find_sharded(self.params)}
-        known = set().union(*(engine.parts.param_ids for engine in engines))
-        places = [(number, engine.parts.index_of(p), p) for number, engine in enumerate(engines) for p in self.params]
-        plain = [(number, index, p) for number, index, p in places if index is not None and id(p) not in sharded]
-        self._plain = [p for *_, p in sorted(plain, key=lambda place: place[:2])]
+        plain = [param for param in self.params if id(param) not in sharded]
+        self._whole = [
+            param
+            for _, positions in holders
+            for param in sorted((p for p in plain if id(p) in positions), key=lambda p: positions[id(p)])
+        ]
+        """In the hands of an engine, trained or not; in an order that all ranks share."""
+        held = {id(param) for param in self._whole}
         self._stack = contextlib.ExitStack()
-        self._stack.enter_context(lent([p for p in self.params if id(p) not in known | sharded], self.modifier_rank))
+        self._stack.enter_context(lent([param for param in plain if id(param) not in held], self.modifier_rank))
         self._stack.enter_context(gathered(self.params, self.modifier_rank))
 
     def __exit__(self, *exc_info: Any) -> None:
@@ -91,7 +96,7 @@ class GatheredParameters:
         if self.modifier_rank is None or exc_info[0] is not None:
             return
         if dist.is_initialized() and dist.get_world_size() > 1:
-            for param in self._plain:
+            for param in self._whole:
                 dist.broadcast(param.data, src=self.modifier_rank)
         for engine in engines_of(self.params):
             engine.refresh_master_weights(self.params)

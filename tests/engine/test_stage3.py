@@ -179,6 +179,36 @@ def test_evaluation_before_training(world_size: int, one: dict[str, Any], two: d
     _assert_same(result["trained"], result["reference"])
 
 
+def _changes_of_untrained(changer: int) -> dict[str, bool]:
+    """Whole parameters that no engine trains: of a model that is only evaluated, and frozen ones at any stage."""
+    engines = {"evaluated": engine_for(whole=25, trains=False)}
+    engines |= {f"frozen at stage {stage}": engine_for(stage=stage, whole=25, frozen=True) for stage in (1, 2, 3)}
+    taken = {}
+    for what, engine in engines.items():
+        norm = dict(engine.module.named_parameters())["layers.0.norm.weight"]
+        with GatheredParameters(norm, modifier_rank=changer):
+            norm.data.fill_(float(rank_and_size()[0] + 3))
+        taken[f"whole parameters, {what}"] = bool((norm == changer + 3).all())
+        engine.destroy()
+    return taken
+
+
+def _seen_while_running() -> set[tuple[str, Any, int]]:
+    """(kind, ds_status, ds_numel) of parameters, whole and sharded, inside the forward pass that uses them."""
+    seen: set[tuple[str, Any, int]] = set()
+    engine = engine_for(whole=25)
+    layer = engine.module.layers[1]
+
+    def look(module: Block, *_: Any) -> None:
+        for kind, param in (("whole", module.norm.weight), ("sharded", module.up.weight)):
+            assert param.shape.numel() == param.ds_numel
+            seen.add((kind, param.ds_status, param.ds_numel))
+
+    layer.norm.register_forward_hook(lambda *_: look(layer))
+    train(engine, 2)
+    return seen
+
+
 def _gathering() -> dict[str, bool]:
     rank, world_size = rank_and_size()
     model, plain = Net(), dict(Net().named_parameters())
@@ -224,7 +254,11 @@ def _gathering() -> dict[str, bool]:
         "attributes": param.ds_numel == 300 and param.ds_shape == (10, 30),
         "sharded again": world_size == 1 or param.data.to_local().numel() == 150,
         "trains on": train(engine, 1)["losses"][0] > 0,
+        "unavailable between uses": param.ds_status is ZeroParamStatus.NOT_AVAILABLE,
+        "available while it is used": _seen_while_running()
+        == {("whole", ZeroParamStatus.AVAILABLE, 10), ("sharded", ZeroParamStatus.AVAILABLE, 300)},
     }
+    result |= _changes_of_untrained(changer)
     try:
         with GatheredParameters(param, modifier_rank=0):
             param.data = torch.zeros(3)
