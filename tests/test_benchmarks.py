@@ -19,7 +19,7 @@ from raw import Raw
 from run import parse_cells
 from serving import merge, peer_path
 from table import render
-from tables_ranks import parity_difference
+from tables_ranks import parity_difference, parity_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
@@ -144,3 +144,37 @@ def test_the_search_finds_the_largest_rung_that_works(limit: int) -> None:
     assert len(outcomes) <= len(rungs)
     best = max((rung for rung, worked in outcomes.items() if worked), default=0)
     assert best == max((rung for rung in rungs if rung <= limit), default=0)
+
+
+def _run(script: str, *options: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_two_ranks_report_the_losses_of_one(tmp_path: Path) -> None:
+    """Whole scripts, two engines, one and two processes: every line holds what the tables ask for."""
+    out = tmp_path / "raw.jsonl"
+    options = ":plain,ours:length=16,steps=3,losses=1"
+    cells = [f"decoder-tiny:bf16:4{options},gpus=1", f"decoder-tiny:bf16:2{options},gpus=2"]
+    _run("run.py", "--out", str(out), "--rounds", "1", "--cells", *cells)
+    raw = Raw([out])
+    assert not raw.failures
+    pairs = parity_pairs(raw, "CPU")
+    assert [engine for _, engine, *_ in pairs] == ["plain", "ours"]
+    for cell, engine, several, one in pairs:
+        assert parity_difference(several, one)[1] < 1e-5
+        record = cell.records(engine)[0]
+        assert record["tokens"] == 64 and record["world_size"] == 2
+        assert record["rss_peak_bytes"] >= record["rss_baseline_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_a_lost_rank_is_watched_to_the_end(tmp_path: Path) -> None:
+    out = tmp_path / "kill.jsonl"
+    common = ("--model", "t5-tiny", "--configs", "zero2", "--how", "kill", "--launchers", "hf-zero", "--at", "2")
+    _run("kill_rank.py", "--out", str(out), *common)
+    record = json.loads(out.read_text())
+    assert record["exit_code"] == 137
+    assert "rank 1 was ended by SIGKILL" in record["message"]
