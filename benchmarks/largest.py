@@ -1,7 +1,7 @@
 """The largest decoder that an engine trains here: width fixed, layers searched, each try in its own process.
 
-    python benchmarks/largest.py --out largest.jsonl --peer-path /tmp/peers --host-gib 118
-    python benchmarks/largest.py --out largest.jsonl --peer-path /tmp/peers --host-gib 118 --gpu-gib 16 \\
+    python benchmarks/largest.py --out largest.jsonl --peer-path /tmp/ds --host-gib 118
+    python benchmarks/largest.py --out largest.jsonl --peer-path /tmp/ds --host-gib 118 --gpu-gib 16 \\
         --engines ours-z3,deepspeed-z3,ours,deepspeed,plain
 
 The first try of every engine is --start layers, so that there is a size at which all were measured in turn. From there

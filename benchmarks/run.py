@@ -1,6 +1,6 @@
 """Run cells in turn (A B A B ...): every engine lives in its own processes, and they take turns cell by cell.
 
-    python benchmarks/run.py --out raw.jsonl --rounds 3 --peer-path /tmp/peers \\
+    python benchmarks/run.py --out raw.jsonl --rounds 3 --peer-path deepspeed=/tmp/ds,torchao=/tmp/ao \\
         --cells t5-base:fp16:1,8,64,256:plain,ours,deepspeed \\
                 t5-base:bf16:8:ours,deepspeed:accumulation=1/4/16 \\
                 decoder-3b:bf16:4:compute,ours,deepspeed:length=1024,checkpointing=1,steps=8 \\
@@ -22,8 +22,9 @@ the names. BATCH is per GPU. A value a/b/c stands for as many cells. Options:
 A shared machine drifts, so only ratios taken in turn mean anything: within a round, all engines run one cell before any
 runs the next. Processes start one after the other, and each one's time to its first step is its own. While one runs,
 the others wait for their turn with their device caches emptied. A cell that fails or runs out of memory costs its own
-process and leaves a line that says why. Raw JSON lines go to --out. ``--peer-path`` is put on PYTHONPATH for deepspeed
-and torchao alone, so that their presence changes nothing for the others.
+process and leaves a line that says why. Raw JSON lines go to --out. ``--peer-path DIR``, or a folder for each as in
+``--peer-path deepspeed=DIR,torchao=DIR``, is put on PYTHONPATH for deepspeed and torchao alone, so that their presence
+changes nothing for the others: transformers imports a torchao that it finds, which takes seconds.
 """
 
 from __future__ import annotations

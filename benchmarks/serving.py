@@ -59,6 +59,13 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+def peer_path(given: str, library: str) -> str:
+    """``/tmp/peers``, or each library's own: ``deepspeed=/tmp/ds,torchao=/tmp/ao``."""
+    if "=" not in given:
+        return given
+    return dict(part.split("=", 1) for part in given.split(",")).get(library, "")
+
+
 def environment_of(engine: str, rank: int, world_size: int, port: int, around: Surroundings) -> dict[str, str]:
     """A lone process sees one GPU, and its share of the cores; real DeepSpeed wants ranks even then."""
     environment = dict(os.environ)
@@ -71,8 +78,8 @@ def environment_of(engine: str, rank: int, world_size: int, port: int, around: S
             environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if library_of(engine) in PEERS:
         environment.pop("TORCH_CUDA_ARCH_LIST", None)  # with "9.0a" DeepSpeed's extensions do not build
-        if around.peer_path:
-            environment["PYTHONPATH"] = os.pathsep.join([around.peer_path, environment.get("PYTHONPATH", "")])
+        if path := peer_path(around.peer_path, library_of(engine)):
+            environment["PYTHONPATH"] = os.pathsep.join([path, environment.get("PYTHONPATH", "")])
         if around.cache is not None:
             environment["TORCH_EXTENSIONS_DIR"] = str(around.cache)
     return environment
@@ -86,6 +93,7 @@ class Serving:
         self.world_size = world_size
         self.finds_clean_cache = around.cache is not None and not any(around.cache.glob("*"))
         self._around = around
+        _forget_unfinished_builds(around.cache)
         self._log = around.log.open("a")
         self._log_start = around.log.stat().st_size
         self._log.write(f"\n--- {engine} on {world_size}\n")
@@ -173,6 +181,12 @@ class Serving:
         for process in self._processes:
             process.wait()
         self._log.close()
+
+
+def _forget_unfinished_builds(cache: Path | None) -> None:
+    """A process that was ended while it compiled leaves a lock, and the next would wait for it for ever."""
+    for lock in cache.glob("**/lock") if cache is not None else ():
+        lock.unlink()
 
 
 def merge(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,109 +1,94 @@
-"""Write the tables of README.md from raw JSON lines. Ratios are taken within a round, then their median is shown.
+"""Write the tables of README.md from raw JSON lines. Ratios are taken within a round; their median and spread is shown.
 
-python benchmarks/table.py benchmarks/raw/*.jsonl > benchmarks/tables.md
+python benchmarks/table.py benchmarks/raw/*.jsonl                              # print them
+python benchmarks/table.py benchmarks/raw/*.jsonl --write benchmarks/README.md # put them between the markers
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
-from collections import defaultdict
-from collections.abc import Iterable
+import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-Key = tuple[str, str, int]
+import tables
+import tables_ranks
+from raw import Raw
+
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+
+SECTIONS: tuple[tuple[str, str, Callable[[Raw, str], list[str]]], ...] = (
+    ("Step time", "Milliseconds: median (least-most) over the measured steps of all rounds.", tables.steps),
+    ("GPU memory", "Peak memory allocated by a step, after the warm-up.", tables.memory),
+    (
+        "Tokens",
+        "Tokens a second without padding; source and target count. Other columns as above.",
+        tables.throughput,
+    ),
+    ("From the start of the process to the end of the first optimizer step", "", tables.first_step),
+    (
+        "Host memory",
+        "Bytes a parameter, at the peak: what the process gained after importing its libraries and touching the GPU / "
+        "all that was resident, libraries included / what the machine as a whole had less of meanwhile.",
+        tables.host_memory,
+    ),
+    (
+        "The limit of a step",
+        "GPU: time in which a kernel of forward and backward ran (engine compute). 28 B: the bytes of a host update, a "
+        "parameter, over the measured memory bandwidth. 2 B: half-precision gradients down and weights up. 12 B: what "
+        "this engine moves in each direction instead, because it streams the states through the GPU.",
+        tables.limits,
+    ),
+    (
+        "Our other ways",
+        "ours-host updates on host cores, ours-device offloads nothing, ours-auto fills a budget on the GPU first, "
+        "ratio is the share of the states on the host.",
+        tables.variants,
+    ),
+    ("Several GPUs", "Tokens a second of all ranks; batch is per GPU.", tables_ranks.several_gpus),
+    (
+        "The same losses on several GPUs",
+        "Against one GPU with the same global batch and order of the data, step by step. Scale: the Trainer multiplies "
+        "the reported loss by the number of ranks where the model does not divide by the number of tokens itself.",
+        tables_ranks.parity,
+    ),
+    (
+        "The largest decoder",
+        "Three steps, zero3_offload.json for z3; GPU memory over the whole run.",
+        tables_ranks.largest,
+    ),
+    ("Sizes that both trained at stage 3", "", tables_ranks.common),
+    ("A rank is lost", "", tables_ranks.lost_ranks),
+    ("Cells that failed", "", tables.failures),
+    ("What we lose at", "Every number that misses its target, made by the script.", tables_ranks.losses),
+)
 
 
-def read(paths: Iterable[Path]) -> tuple[dict[str, Any], dict[Key, dict[str, dict[str, Any]]]]:
-    """The limits measured beside the cells, and cells by (model, precision, batch), then engine/round."""
-    limits: dict[str, Any] = {}
-    cells: dict[Key, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for path in paths:
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            if "limits" in record:
-                limits = record["limits"]
-            elif "step_ms" in record:
-                key = (record["model"], record["precision"], record["batch"])
-                cells[key][f"{record['engine']}/{path.name}/{record['round']}"] = record
-    return limits, cells
+def render(raw: Raw) -> str:
+    parts: list[str] = []
+    for device in raw.devices:
+        parts.append(f"## {device}\n\n{tables.machine(raw.limits[device])}" if device in raw.limits else f"## {device}")
+        for title, note, make in SECTIONS:
+            if lines := make(raw, device):
+                parts.append("\n\n".join(filter(None, [f"### {title}", note, "\n".join(lines)])))
+    return "\n\n".join(parts)
 
 
-def rounds_of(cell: dict[str, dict[str, Any]], engine: str) -> dict[str, dict[str, Any]]:
-    return {name.split("/", 1)[1]: record for name, record in cell.items() if name.split("/")[0] == engine}
-
-
-def show_ms(cell: dict[str, dict[str, Any]], engine: str) -> str:
-    steps = [ms for record in rounds_of(cell, engine).values() for ms in record["step_ms"]]
-    if not steps:
-        return ""
-    return f"{statistics.median(steps):.0f} ({min(steps):.0f}-{max(steps):.0f})"
-
-
-def ratio(cell: dict[str, dict[str, Any]], above: str, below: str, field: str = "step_ms_median") -> str:
-    top, bottom = rounds_of(cell, above), rounds_of(cell, below)
-    both = [top[name][field] / bottom[name][field] for name in top if name in bottom]
-    return f"{statistics.median(both):.2f}" if both else ""
-
-
-def peak(cell: dict[str, dict[str, Any]], engine: str) -> str:
-    peaks = [record.get("peak_allocated", 0) for record in rounds_of(cell, engine).values()]
-    return f"{max(peaks) / 2**30:.2f}" if peaks else ""
+def replace_between_markers(text: str, tables_text: str) -> str:
+    """Raises ValueError if a marker is missing."""
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return f"{text[:begin]}\n{tables_text}\n{text[end:]}"
 
 
 def main() -> None:
-    limits, cells = read(Path(name) for name in sys.argv[1:])
-    print(
-        f"{limits.get('device', 'CPU')}, torch {limits['torch']}, {limits['threads']} host threads. "
-        f"Limits measured in the same run, GB/s: host to device {limits.get('h2d_gb_s', 0):.0f}, "
-        f"device to host {limits.get('d2h_gb_s', 0):.0f}, both at once {limits.get('both_gb_s', 0):.0f}, "
-        f"host copy {limits['host_copy_gb_s']:.0f}, fused AdamW on the host {limits['host_adamw_gb_s']:.0f}.\n"
-    )
-    print("| model | batch | rounds | plain ms | ours ms | DeepSpeed ms | ours / plain | DeepSpeed / ours |")
-    print("|---|---|---|---|---|---|---|---|")
-    for (model, precision, batch), cell in sorted(cells.items()):
-        print(
-            f"| {model} {precision} | {batch} | {len(rounds_of(cell, 'ours'))} | {show_ms(cell, 'plain')} | "
-            f"{show_ms(cell, 'ours')} | {show_ms(cell, 'deepspeed')} | {ratio(cell, 'ours', 'plain')} | "
-            f"{ratio(cell, 'deepspeed', 'ours')} |"
-        )
-    print("\nMilliseconds: median (least-most) over the measured steps of all rounds.\n")
-    print(
-        "| model | batch | plain GiB | ours GiB | DeepSpeed GiB | ours / plain | ours / DeepSpeed | "
-        "cores busy: plain, ours, DeepSpeed |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for (model, precision, batch), cell in sorted(cells.items()):
-        cores = [
-            f"{statistics.median(r['cpu_seconds_per_second'] for r in found.values()):.1f}" if found else "-"
-            for found in (rounds_of(cell, engine) for engine in ("plain", "ours", "deepspeed"))
-        ]
-        print(
-            f"| {model} {precision} | {batch} | {peak(cell, 'plain')} | {peak(cell, 'ours')} | "
-            f"{peak(cell, 'deepspeed')} | "
-            f"{ratio(cell, 'ours', 'plain', 'peak_allocated')} | "
-            f"{ratio(cell, 'ours', 'deepspeed', 'peak_allocated')} | "
-            f"{', '.join(cores)} |"
-        )
-    print("\nPeak device memory allocated.\n")
-    firsts = defaultdict(list)
-    for cell in cells.values():
-        for name, record in cell.items():
-            if record["first_step_s"]:
-                firsts[name.split("/")[0]].append(record["first_step_s"])
-    print("| engine | process start to first optimizer step, s |\n|---|---|")
-    for engine, values in firsts.items():
-        print(f"| {engine} | {statistics.median(values):.1f} |")
-    print()
-    heaviest = [item for cell in cells.values() for item in cell.items() if item[1]["num_parameters"] > 10**8]
-    for engine in ("plain", "ours", "deepspeed"):
-        found = [r["rss_bytes"] / r["num_parameters"] for n, r in heaviest if n.split("/")[0] == engine]
-        if found:
-            print(
-                f"- {engine}: {max(found):.1f} bytes of resident host memory per parameter, the libraries' own included"
-            )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("raw", nargs="+", type=Path)
+    parser.add_argument("--write", type=Path, help="file with the two markers")
+    args = parser.parse_args()
+    text = render(Raw(args.raw))
+    if args.write is None:
+        print(text)
+    else:
+        args.write.write_text(replace_between_markers(args.write.read_text(), text))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ rank 0's host. Every rank must come to ``weights``, and rank 0 must leave the co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_zero_plugin.engine.pending import Pending
 from hf_zero_plugin.engine.shards import Shards
-from hf_zero_plugin.errors import HfZeroError
+from hf_zero_plugin.errors import CollectiveError, HfZeroError
 
 __all__ = ["WeightServer", "serving"]
 
@@ -76,7 +76,9 @@ class WeightServer:
             return number
         source = 0 if shards.group is None else dist.get_global_rank(shards.group, 0)
         told = torch.tensor([number], dtype=torch.int64, device=shards.device)
-        dist.broadcast(told, src=source, group=shards.group)
+        during = shards.watchdog.during if shards.watchdog is not None else nullcontext
+        with during("saving weights"):
+            dist.broadcast(told, src=source, group=shards.group)
         return int(told.item())
 
     def _serve(self) -> None:
@@ -96,5 +98,8 @@ def serving(shards: Shards) -> Iterator[WeightServer]:
     server = WeightServer(shards)
     try:
         yield server
-    finally:
-        server.finish()
+    except BaseException:
+        with suppress(RuntimeError, CollectiveError):  # if the others are gone, what has happened is what to tell
+            server.finish()
+        raise
+    server.finish()

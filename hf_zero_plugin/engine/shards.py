@@ -114,6 +114,9 @@ class Shards:
         self._originals += originals.values()  # kept, so that their ids are not given to others
         self._by_id.update({id(param): self.by_name[name] for name, param in originals.items()})
 
+    def name_of(self, handle: Any) -> str:
+        return self.params[self._indices[id(handle)]].name
+
     def index(self, item: ShardedParam) -> int:
         """The same on every rank."""
         return self._indices[id(item.handle)]
@@ -150,7 +153,9 @@ class Shards:
         if self.world_size == 1:
             return padded.clone().view(shape) if padded is item.padded else padded.view(shape)
         whole = padded.new_empty(padded.numel() * self.world_size)
-        all_gather_flat(whole, padded, self.group)
+        during = self.watchdog.during if self.watchdog is not None else nullcontext
+        with during(f"gathering parameter {item.name}"):
+            all_gather_flat(whole, padded, self.group)
         return whole[: shape.numel()].view(shape)
 
     @torch.no_grad()
@@ -248,6 +253,8 @@ def _guard_unshard(group: Any, masters: MasterWeights, buckets: Iterable[int], s
     """Shadow ``group.unshard``: every gather, of forward, backward or prefetching, goes through it."""
     original, is_alone = type(group).unshard, shards.world_size == 1
     reference = weakref.ref(shards)
+    names = [shards.name_of(handle) for handle in group.fsdp_params]
+    parameters = f"parameters {names[0]} to {names[-1]}" if len(names) > 1 else f"parameter {names[0]}"
 
     def unshard(async_op: bool = False) -> Any:
         if masters.any_pending:
@@ -259,7 +266,7 @@ def _guard_unshard(group: Any, masters: MasterWeights, buckets: Iterable[int], s
             return original(group, async_op)
         unit = group._module_fqn or "the root"
         mine.watchdog.last_gathered = unit
-        with mine.watchdog.during(f"gathering {unit}"):
+        with mine.watchdog.during(f"gathering {unit} ({parameters})"):
             return original(group, async_op)
 
     group.unshard = unshard

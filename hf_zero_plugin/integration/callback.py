@@ -44,6 +44,7 @@ LOGGED = {
     "wait_ms": "what it did cost: the model stood still, waiting for weights",
     "gpu_memory_gib": "peak of allocated GPU memory so far",
     "host_memory_gib": "resident memory of this process",
+    "device/KIND_gib, host/KIND_gib": "of this rank of the engine: device/weights_gib, host/moments_gib...",
     "loss_scale": "fp16: the current factor",
     "skipped_steps": "so far, because a gradient was inf or nan",
 }
@@ -160,6 +161,11 @@ class ZeroCallback(TrainerCallback):
             parts.append(f"hidden {report['hidden_share']:.0%}")
         if self._monitor.is_cuda:
             parts.append(f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB")
+        utilisation = self._monitor.utilisation(window)
+        if utilisation is not None:
+            parts.append(f"{utilisation:.0%} MFU")
+        if self.num_skipped:
+            parts.append(f"{self.num_skipped} skipped")
         bar.set_postfix_str(", ".join(parts), refresh=False)
 
     def _progress_bar(self) -> Any:
@@ -184,7 +190,8 @@ class ZeroCallback(TrainerCallback):
         window = self._monitor.take_window()
         if not window.num_steps:
             return
-        values = {name: float(f"{value:.5g}") for name, value in self._values(args, window).items()}
+        found = {**self._values(args, window), **self._memory_by_kind()}
+        values = {name: float(f"{value:.5g}") for name, value in found.items()}
         logs.update(values)
         # The Trainer has copied the entry into its history already.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -207,6 +214,15 @@ class ZeroCallback(TrainerCallback):
         values["loss_scale"] = self._loss_scale()
         values["skipped_steps"] = float(self.num_skipped)
         return {name: value for name, value in values.items() if value is not None}
+
+    def _memory_by_kind(self) -> dict[str, float]:
+        report = self._engine.memory_report() if self._engine is not None else {}
+        return {
+            f"{place}/{kind.replace(' ', '_')}_gib": size / GIB
+            for place, kinds in report.items()
+            for kind, size in kinds.items()
+            if size
+        }
 
     @property
     def num_skipped(self) -> int:

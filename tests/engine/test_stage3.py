@@ -399,9 +399,11 @@ def _missing_rank() -> str:
 
 @pytest.mark.slow
 def test_a_missing_rank_is_named() -> None:
-    """Who waits says where and when, and for which part of the model."""
+    """Who waits says where and when, and for which part of the model and which parameters."""
     text = run_ranks(_missing_rank, 2, init_process_group=False)[0]
-    assert "rank 0 of 2, step 2, gathering" in text
+    assert "rank 0 of 2, step 2, gathering the root (parameters embed.weight to scale" in text.replace(
+        "norm.bias", "scale"
+    )
     assert "HF_ZERO_COLLECTIVE_TIMEOUT" in text
 
 

@@ -108,6 +108,15 @@ def _experts() -> Any:
     return MixtralForCausalLM(config)
 
 
+def _encode(trainer: Any) -> float:
+    """The encoder called by itself, as code of users does."""
+    import torch
+
+    tokens = _data()[0]["input_ids"][None]
+    with torch.no_grad():
+        return float(trainer.model.get_encoder()(input_ids=tokens).last_hidden_state.float().norm())
+
+
 def _save_experts(out: Path, config: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Saved as it is; ``options`` change how the Trainer saves."""
     trainer = _trainer(out, config, _experts, **options)
@@ -213,6 +222,20 @@ def main(out: Path, other: str) -> None:
         return T5ForConditionalGeneration.from_pretrained(out / "sharded")
 
     scene("loaded", sharded, loaded, evaluate_first=True, learning_rate=0.0)
+
+    def resized() -> Any:
+        model = loaded()
+        torch.manual_seed(2)
+        model.resize_token_embeddings(70, mean_resizing=False)
+        assert model.get_input_embeddings() is model.get_output_embeddings() or model.config.tie_word_embeddings
+        return model
+
+    resizing: dict[str, Any] = {"generation_num_beams": 3}
+    scene("resized", sharded, resized, **resizing)
+    trainer = scene("resized and offloaded", offloaded, resized, **resizing)
+    results["encoded"] = _encode(trainer)
+    trainer = scene("resized at stage 0", _config("zero0"), resized, **resizing)
+    results["encoded at stage 0"] = _encode(trainer)
     for name, config in (
         ("lora", sharded),
         ("lora offloaded", offloaded),

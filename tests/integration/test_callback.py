@@ -114,6 +114,7 @@ def test_arguments_are_as_if_the_flag_had_been_given(enabled: dict[str, Any]) ->
 @pytest.mark.slow
 def test_reporters_and_history_get_the_same_values(enabled: dict[str, Any]) -> None:
     wanted = {"step_ms", "tokens_per_second", "hidden_share", "host_memory_gib", "skipped_steps"}
+    wanted |= {"device/weights_gib", "host/master_weights_gib", "host/moments_gib"}
     first, entry = enabled["reported"][0], enabled["history"][0]
     assert wanted <= set(first)
     assert wanted <= set(entry)

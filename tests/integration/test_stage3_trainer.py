@@ -105,6 +105,23 @@ def test_evaluates_before_training_and_after_loading(ranks: int, one: Results, t
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("scene", ["resized", "resized and offloaded"])
+def test_embeddings_resized_after_loading_and_beams(scene: str, ranks: int, one: Results, two: Results) -> None:
+    """Loaded in shards, with new rows before the engine is made; generation with beams on uneven rows."""
+    results = one if ranks == 1 else two
+    wanted = _weights(results, "resized at stage 0")
+    assert wanted["shared.weight"].shape[0] == 70
+    _assert_same_weights(_weights(results, scene), wanted, 1e-5)
+    assert results[1][scene]["generated"] == results[1]["resized at stage 0"]["generated"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_encoder_runs_by_itself(ranks: int, one: Results, two: Results) -> None:
+    results = (one if ranks == 1 else two)[1]
+    assert results["encoded"] == pytest.approx(results["encoded at stage 0"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_accumulation_equals_stage_0(ranks: int, one: Results, two: Results) -> None:
     results = one if ranks == 1 else two
     _assert_same_weights(_weights(results, "accumulated"), _weights(results, "accumulated at stage 0"))
