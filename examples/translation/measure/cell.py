@@ -39,6 +39,8 @@ def main() -> None:
         hf_zero_plugin.activate()
     import torch
 
+    from measure.usage import gpus_of
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if spec.gpu_memory_limit_gib:
@@ -52,7 +54,8 @@ def main() -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-            if torch.cuda.memory_allocated() > MAX_LEFTOVER_BYTES:
+            leftover = [torch.cuda.memory_allocated(gpu) for gpu in gpus_of(spec)]
+            if max(max(found) for found in over_ranks(spec, leftover)) > MAX_LEFTOVER_BYTES:
                 # After an error somebody may still hold tensors: the rest is measured in a fresh process.
                 break
     sys.stdout.flush()

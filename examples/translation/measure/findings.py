@@ -78,8 +78,8 @@ def memory(cells: Cells) -> str:
         f"**Memory is lower with ZeRO: {verdict(sum(r < 1 for r in every), len(every))}.** {'; '.join(parts)}. "
         "The Trainer keeps fp32 weights, gradients and two moments on the GPU, 16 bytes a parameter, and under "
         "autocast half-precision copies besides; here the GPU keeps half-precision weights and gradients, 4 bytes, "
-        "and a few staging buffers. What a batch adds, activations, offload does not touch; they are in half precision "
-        "throughout, where autocast keeps some in fp32."
+        "and the states only pass through it, piece by piece. What a batch adds, activations, offload does not touch; "
+        "they are in half precision throughout, where autocast keeps some in fp32."
     )
 
 
