@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 from engines import ENGINES, ROOT, library_of
@@ -103,6 +104,14 @@ def prepare(engine: str) -> int:
     return resident_bytes()
 
 
+def offer_to_be_killed() -> None:
+    """If the machine runs out of memory, let the system end this process and not the one that keeps the results."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    except OSError:
+        pass
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", required=True, choices=ENGINES)
@@ -118,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ratio", type=float, help="offload_optimizer.ratio")
     parser.add_argument("--budget", type=float, help="GiB for the states of ours-auto")
     parser.add_argument("--dropout", type=float, help="of T5 in place of its own 0.1")
+    parser.add_argument("--half", type=int, default=0, help="1: make ours' and DeepSpeed's weights in half precision")
     parser.add_argument("--losses", type=int, default=0, help="1: record every step's loss (reads it from the device)")
     parser.add_argument("--gpu-gib", type=float, help="let the process use no more GPU memory than this")
     parser.add_argument("--profile", action="store_true", help="print where host time goes, measure nothing")
@@ -128,6 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    offer_to_be_killed()
     baseline = prepare(args.engine)
     if args.profile:
         import torch

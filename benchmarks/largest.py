@@ -9,9 +9,10 @@ the number of layers moves along a ladder in which each rung is --ratio times th
 down while they fail, and then, rung by rung, into the gap between the two. Engines take turns try by try, and each try
 is a line in --out at once: a call that is cut short has lost one try. Called again with the same --out, it goes on.
 
-A try is three steps: it succeeds if they end with a loss. It fails when the device or the host is full, and also when
-it takes longer than --timeout. --host-gib ends a try that holds more host memory, before the system does; --gpu-gib
-lets a process use no more GPU memory than that.
+Weights are made in half precision, except the plain Trainer's, which are its masters. A try is three steps: it succeeds
+if they end with a loss. It fails when the device or the host is full, and also when it takes longer than --timeout.
+--host-gib ends a try that holds more host memory, before the system does; --gpu-gib lets a process use no more GPU
+memory than that.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def job_of(args: argparse.Namespace, layers: int) -> dict[str, Any]:
         "batch": args.batch,
         "length": args.length,
         "checkpointing": 1,
+        "half": 1,
         "steps": args.steps,
         "warmup": 1,
         "gpu_gib": args.gpu_gib,

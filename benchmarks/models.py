@@ -75,15 +75,20 @@ def _config(name: str, dropout: float | None) -> Any:
     return LlamaConfig(max_position_embeddings=8192, **spec)
 
 
-def build_model(name: str, device: str, dropout: float | None = None) -> Any:
-    """A whole model in fp32, made where making it is fast."""
+def build_model(name: str, device: str, dropout: float | None = None, dtype: Any = None) -> Any:
+    """A whole model, in fp32 unless ``dtype`` says otherwise, made where making it is fast."""
     import torch
     from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
     make = LlamaForCausalLM if is_decoder(name) else T5ForConditionalGeneration
     torch.manual_seed(0)  # the same weights on every rank, and in every process of a comparison
-    with torch.device(device):
-        return make(_config(name, dropout))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        with torch.device(device):
+            return make(_config(name, dropout))
+    finally:
+        torch.set_default_dtype(before)
 
 
 def build_sharded_model(name: str, dtype: Any, dropout: float | None = None) -> Any:

@@ -128,14 +128,17 @@ def training_arguments(job: argparse.Namespace, config: dict[str, Any] | None, c
 
 
 def make_model(job: argparse.Namespace, config: dict[str, Any] | None, cuda: bool) -> Any:
-    """For stage 3 under the engine's own ``Init``, in half precision; otherwise whole, in fp32, on the device."""
+    """For stage 3 under the engine's own ``Init``, in half precision; otherwise whole, in fp32, on the device.
+
+    ``job.half``: engines with fp32 masters of their own are given half-precision weights from the beginning.
+    """
     import torch
 
     half = half_type(job.precision) if cuda else torch.float32
     if stage_of(config) == 3:
         return build_sharded_model(job.model, half, job.dropout)
     where = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
-    model = build_model(job.model, where, job.dropout)
+    model = build_model(job.model, where, job.dropout, half if job.half and config is not None else None)
     return model.to(half) if job.engine in ("torchao", "compute") else model
 
 
