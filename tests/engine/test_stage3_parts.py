@@ -218,3 +218,42 @@ def test_the_root_is_updated_first() -> None:
     assert root == {"embed.weight", "idle.weight", "head.weight"}
     assert set(order[: len(root)]) == root
     engine.destroy()
+
+
+def test_what_was_fetched_ahead_is_not_used_after_a_change() -> None:
+    model, plain = Net(), Net()
+    engine = engine_for(model, params_on="cpu")
+    with torch.no_grad():
+        model.layers[0](torch.zeros(1, 5, 10))
+        (ahead,) = groups_of(model.layers[1])  # type: ignore[arg-type]
+        assert ahead._all_gather_result is not None
+        param = model.layers[1].up.weight
+        with GatheredParameters(param, modifier_rank=0):
+            param.data.zero_()
+        plain.layers[1].up.weight.zero_()
+        assert ahead._all_gather_result is None
+        torch.testing.assert_close(model(batch(0)), plain(batch(0)))
+    engine.destroy()
+    assert engine.parts.shards is not None
+    assert engine.parts.shards.transfers is None
+    assert "unshard" not in vars(ahead)
+
+
+def test_a_parameter_without_a_gradient_counts_as_zero_after_one_that_had_one() -> None:
+    """Nothing is cleared between steps, so what an idle parameter was given earlier must not count again."""
+    model, plain = Net(), Net()
+    engines = [engine_for(model, params_on="cpu"), engine_for(plain, stage=0)]
+    for step in range(4):
+        for engine in engines:
+            loss = loss_of(engine, batch(step))
+            if step % 2:
+                idle = engine.module.idle
+                loss = loss + idle(torch.ones(2, 10)).square().mean()
+            engine.backward(loss)
+            engine.step()
+    ours, theirs = (engine._zero3_consolidated_16bit_state_dict() for engine in engines)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=2e-6, rtol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    assert engines[0].get_global_grad_norm() == pytest.approx(engines[1].get_global_grad_norm(), rel=1e-5)
+    for engine in engines:
+        engine.destroy()
