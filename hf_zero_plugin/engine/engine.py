@@ -395,6 +395,9 @@ class ZeroEngine(Timed, nn.Module):
         return True
 
     def compile(self, backend: str = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        """``torch.compile`` the module, in place; pending updates are then waited for once, before it runs."""
+        if self.parts.doors is not None:
+            self.parts.doors.wait_at(self.module)
         self.module.compile(backend=backend, **(compile_kwargs or {}))
 
     def destroy(self) -> None:

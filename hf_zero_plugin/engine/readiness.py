@@ -4,7 +4,8 @@ Overlap means that after ``step`` returns, weights may still be on their way. Ev
 through one of these doors, and each door waits for no more than it needs:
 
     a module's forward           its own parameters' buckets (pre-forward hooks on modules that own parameters), and
-                                 those of modules below it that others read without calling them (``settle``)
+                                 those of modules below it that others read without calling them (``settle``);
+                                 all buckets, once, if the model is compiled (``wait_at``)
     named_parameters, parameters, state_dict, load_state_dict, copying and pickling, of any module of the model or
     around it                                                                                  all buckets
     GatheredParameters, save, evaluate, export, destroy                                       all buckets
@@ -22,6 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -58,6 +60,7 @@ class Doors:
     def __init__(self, model: nn.Module, layouts: list[BucketLayout], params: list[nn.Parameter]) -> None:
         self._masters: MasterWeights | None = None
         self._handles: list[RemovableHandle] = []
+        self._buckets = tuple(layout.index for layout in layouts)
         bucket_of = {id(params[slot.spec.index]): layout.index for layout in layouts for slot in layout.slots}
         self._waits: dict[str, tuple[_Wait, RemovableHandle]] = {}
         """Hook of every module by name, until ``settle``."""
@@ -92,6 +95,15 @@ class Doors:
                 handle.remove()
         self._waits = {}
 
+    def wait_at(self, model: nn.Module) -> None:
+        """One hook, on ``model``, in the place of those on its modules: for a model that will be compiled.
+
+        A compiler traces through hooks: they would cut every graph, and each new set of pending buckets would be
+        compiled anew. The price is that updates no longer overlap with the forward pass.
+        """
+        self._remove_hooks()
+        self._handles.append(model.register_forward_pre_hook(_opaque_wait()(self, self._buckets)))
+
     def guard(self, masters: MasterWeights) -> None:
         self._masters = masters
         with _lock:
@@ -118,11 +130,14 @@ class Doors:
         if self._masters is not None and self.holds_part_of(module):
             self._masters.refresh_from_weights()
 
-    def close(self) -> None:
+    def _remove_hooks(self) -> None:
         for handle in [*self._handles, *(handle for _, handle in self._waits.values())]:
             handle.remove()
         self._handles.clear()
         self._waits = {}
+
+    def close(self) -> None:
+        self._remove_hooks()
         with _lock:
             _open.discard(self)
             if not _open:
@@ -151,6 +166,16 @@ class _Wait:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Wait, (None, ())
+
+
+@functools.cache
+def _opaque_wait() -> type[_Wait]:
+    """A hook that compilers call and do not trace. Made on demand: loading the compiler takes seconds."""
+
+    class Opaque(_Wait):
+        __call__ = torch.compiler.disable(_Wait.__call__)
+
+    return Opaque
 
 
 def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
