@@ -117,9 +117,7 @@ def test_signal_that_ended_a_rank_is_kept(run: Run, script: Script) -> None:
 
 
 @pytest.mark.parametrize("code", [1, 3])
-def test_the_rank_that_failed_by_itself_is_reported_not_one_that_was_ended(
-    run: Run, script: Script, code: int
-) -> None:
+def test_the_rank_that_failed_by_itself_is_reported_not_one_that_was_ended(run: Run, script: Script, code: int) -> None:
     """The other rank is sent SIGTERM within the same second, and dies of it."""
     source = READY + (
         "import sys, time\n"

@@ -247,17 +247,9 @@ def test_data_types_have_the_spellings_of_deepspeed(spelling: str) -> None:
     [
         ({"amp": {"enabled": True}}, "$.amp.enabled"),
         ({"sparse_gradients": True}, "$.sparse_gradients"),
-        ({"fp16": {"enabled": True, "auto_cast": True}}, "$.fp16.auto_cast"),
         ({"fp16": {"fp16_master_weights_and_grads": True}}, "$.fp16.fp16_master_weights_and_grads"),
-        ({"bf16": {"bf16_master_weights_and_grads": True}}, "$.bf16.bf16_master_weights_and_grads"),
-        ({"bf16": {"bf16_optimizer_states": True}}, "$.bf16.bf16_optimizer_states"),
-        ({"data_types": {"param_dtype": "bf16"}}, "$.data_types.param_dtype"),
         ({"optimizer": {"type": "Adam", "params": {"amsgrad": True}}}, "$.optimizer.params.amsgrad"),
         ({"optimizer": {"type": "Adam", "params": {"max_grad_norm": 1.0}}}, "$.optimizer.params.max_grad_norm"),
-        (
-            {"optimizer": {"type": "Adam", "params": {"fp32_optimizer_states": False}}},
-            "$.optimizer.params.fp32_optimizer_states",
-        ),
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "$.zero_optimization.zenflow"),
         ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "$.zero_optimization.zero_hpz_partition_size"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, "$.zero_optimization.zero_quantized_weights"),
@@ -266,13 +258,7 @@ def test_data_types_have_the_spellings_of_deepspeed(spelling: str) -> None:
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}},
             "$.zero_optimization.offload_param.device",
         ),
-        (
-            {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
-            "$.zero_optimization.offload_optimizer.device",
-        ),
-        ({"zero_optimization": {"leaf_module": {"names": ["block"]}}}, "$.zero_optimization.leaf_module.names"),
         ({"aio": {"use_gds": True}}, "$.aio.use_gds"),
-        ({"flops_profiler": {"enabled": True}}, "$.flops_profiler.enabled"),
         ({"comms_logger": {"enabled": True}}, "$.comms_logger.enabled"),
         ({"tensorboard": {"enabled": True}}, "$.tensorboard.enabled"),
         ({"wandb": {"enabled": True}}, "$.wandb.enabled"),
@@ -389,7 +375,9 @@ def test_null_sections_are_absent_sections() -> None:
     assert load_config(config).config == {"zero_optimization": {"stage": 2}}
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "3", '{"a": tru}', '{"fp16": true}', '{"optimizer": {"params": {"betas": [1]}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "3", '{"a": tru}', '{"fp16": true}', '{"optimizer": {"params": {"betas": [1]}}}']
+)
 def test_every_refusal_tells_place_what_why_and_fix(text: str, tmp_path: Path) -> None:
     path = tmp_path / "ds_config.json"
     path.write_text(text)
