@@ -15,7 +15,7 @@ TRACEBACK_VARIABLE = "HF_ZERO_TRACEBACK"
 def note(message: str) -> None:
     """Say something that the user should know but need not act on; once per run, so only on rank 0."""
     if _rank() == 0:
-        print(f"hf-zero: note: {message}", file=sys.stderr, flush=True)
+        _write(f"hf-zero: note: {message}\n")
 
 
 def report_error(error: BaseException) -> None:
@@ -24,11 +24,17 @@ def report_error(error: BaseException) -> None:
         traceback.print_exception(error)
     rank = _rank()
     speaker = f"[rank {rank}] " if rank > 0 else ""
-    print(f"hf-zero: error: {speaker}{error}", file=sys.stderr, flush=True)
+    _write(f"hf-zero: error: {speaker}{error}\n")
 
 
 def wants_traceback() -> bool:
     return os.environ.get(TRACEBACK_VARIABLE, "").lower() not in ("", "0", "false")
+
+
+def _write(text: str) -> None:
+    """In one piece: several ranks share the terminal."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def _rank() -> int:

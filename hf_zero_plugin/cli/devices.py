@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hf_zero_plugin.cli.cgroup import core_quota
-from hf_zero_plugin.cli.console import note
 from hf_zero_plugin.errors import LaunchError
 
 __all__ = [
     "VISIBLE_VARIABLE",
     "count_usable_cores",
     "count_visible_gpus",
-    "hide_gpus_instead_of_use_cpu",
     "visible_value",
 ]
 
@@ -67,14 +65,6 @@ def visible_value(environ: Mapping[str, str], num_visible: int, indices: tuple[i
     value = environ.get(VISIBLE_VARIABLE)
     entries = [str(i) for i in range(num_visible)] if value is None else [e.strip() for e in value.split(",")]
     return ",".join(entries[index] for index in indices)
-
-
-def hide_gpus_instead_of_use_cpu() -> None:
-    """Turn ACCELERATE_USE_CPU, with which accelerate ignores ``--deepspeed``, into a machine without GPUs."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
-        del os.environ["ACCELERATE_USE_CPU"]
-        os.environ[VISIBLE_VARIABLE] = ""
-        note("ACCELERATE_USE_CPU makes accelerate ignore --deepspeed; the GPUs are hidden instead, and it is honoured.")
 
 
 def count_usable_cores() -> int:

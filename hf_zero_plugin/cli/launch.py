@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -88,21 +88,30 @@ def launch_ranks(plan: LaunchPlan, command: list[str]) -> int:
     from torch.distributed.launcher.api import elastic_launch
 
     if not wants_traceback():
-        # Its warnings and its closing table repeat, at length, what is said below.
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="hf-zero-") as log_dir, _all_ranks_end() as ranks:
+        _silence_elastic()
+    with tempfile.TemporaryDirectory(prefix="hf-zero-") as log_dir, _all_ranks_end() as ending:
         try:
             elastic_launch(_launch_config(plan, timeout_s, log_dir), sys.executable)(
                 "-u", "-m", "hf_zero_plugin", *command
             )
         except ChildFailedError as error:
-            return _report_failure(error.failures)
+            return _report_failure(error.failures, ending.failed_pids)
         except SignalException as error:
             return 128 + int(error.sigval)
         except DistError as error:
             raise LaunchError(_join_error(plan, timeout_s, error)) from error
-        ranks.clear()
+        ending.rank_pids.clear()
     return 0
+
+
+def _silence_elastic() -> None:
+    """torchrun's warnings and its closing table repeat, at length, what this module says."""
+    package = "torch.distributed.elastic"
+    logging.getLogger(package).setLevel(logging.CRITICAL)
+    # Some of its modules have given their loggers a level of their own.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(f"{package}."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _launch_config(plan: LaunchPlan, timeout_s: int, log_dir: str) -> LaunchConfig:
@@ -125,23 +134,30 @@ def _launch_config(plan: LaunchPlan, timeout_s: int, log_dir: str) -> LaunchConf
     )
 
 
-@contextmanager
-def _all_ranks_end() -> Iterator[set[int]]:
-    """Bound the agent's patience with ranks, and on leaving kill whatever is left of them.
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """What is known when the agent begins to end ranks."""
 
-    Yields:
-        The process ids of ranks that the agent has begun to end. Every rank leads a session of its own, so they
-        also name the sessions of everything that ranks have started.
-    """
+    rank_pids: set[int]
+    """All of them. Every rank leads a session of its own, so they also name the sessions of what ranks have started."""
+    failed_pids: set[int]
+    """Those that had failed by themselves: whatever fails later may fail because it is being ended."""
+
+
+@contextmanager
+def _all_ranks_end() -> Iterator[_Ending]:
+    """Bound the agent's patience with ranks, and on leaving kill whatever is left of them."""
     from torch.distributed.elastic.multiprocessing.api import PContext
 
-    rank_pids: set[int] = set()
+    ending = _Ending(set(), set())
     close = PContext.close
     is_ending = False
 
     def close_soon(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
         nonlocal is_ending
-        rank_pids.update(self.pids().values())
+        if not ending.rank_pids:
+            ending.failed_pids.update(failure.pid for failure in getattr(self, "_failures", {}).values())
+        ending.rank_pids.update(self.pids().values())
         if is_ending:
             # A second signal cut the wait below short: patience is over.
             death_sig, timeout = signal.SIGKILL, _GRACE_S
@@ -155,10 +171,10 @@ def _all_ranks_end() -> Iterator[set[int]]:
 
     PContext.close = close_soon  # type: ignore[method-assign]
     try:
-        yield rank_pids
+        yield ending
     finally:
         PContext.close = close  # type: ignore[method-assign]
-        _kill_sessions(rank_pids)
+        _kill_sessions(ending.rank_pids)
 
 
 def _kill_sessions(session_ids: set[int]) -> None:
@@ -176,8 +192,8 @@ def _kill_sessions(session_ids: set[int]) -> None:
     psutil.wait_procs(psutil.Process().children(), timeout=_GRACE_S)
 
 
-def _report_failure(failures: Mapping[int, ProcessFailure]) -> int:
-    rank, failure = min(failures.items(), key=lambda item: _suspicion(item[1]))
+def _report_failure(failures: Mapping[int, ProcessFailure], failed_pids: Container[int]) -> int:
+    rank, failure = min(failures.items(), key=lambda item: _suspicion(item[1], failed_pids))
     code = int(failure.exitcode)
     if code < 0:
         code = 128 - code
@@ -188,9 +204,12 @@ def _report_failure(failures: Mapping[int, ProcessFailure]) -> int:
     return code
 
 
-def _suspicion(failure: ProcessFailure) -> tuple[int, bool]:
-    """Sorts the cause before its consequences: a rank that lost its peer raises, and exits with code 1."""
-    return failure.timestamp, failure.exitcode == 1
+def _suspicion(failure: ProcessFailure, failed_pids: Container[int]) -> tuple[bool, int, bool]:
+    """Sorts the cause before its consequences: ranks that the agent ended, and a rank that lost its peer.
+
+    The latter raises, and exits with code 1. Times are whole seconds, so they often tell nothing.
+    """
+    return failure.pid not in failed_pids, failure.timestamp, failure.exitcode == 1
 
 
 def _join_timeout_s() -> int:

@@ -86,3 +86,7 @@ def _build_parser(command: str | None) -> argparse.ArgumentParser:
         else:
             subparsers.add_parser(name, help=summary)
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

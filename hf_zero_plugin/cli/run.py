@@ -17,11 +17,12 @@ import os
 import sys
 from typing import Any
 
-from hf_zero_plugin.cli.devices import count_visible_gpus, hide_gpus_instead_of_use_cpu
+from hf_zero_plugin.cli.devices import count_visible_gpus
 from hf_zero_plugin.cli.launch import launch_ranks, single_process_environment
 from hf_zero_plugin.cli.placement import MULTI_NODE_PORT, LaunchRequest, plan_launch
 from hf_zero_plugin.cli.script import EXIT_USAGE, check_target, run_target
 from hf_zero_plugin.cli.script_args import check_deepspeed_config, deepspeed_value
+from hf_zero_plugin.integration.use_cpu import hide_gpus_instead_of_use_cpu
 
 __all__ = ["add_parser", "run_from_arguments", "split_command"]
 

@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 
 from hf_zero_plugin.cli.console import report_error, wants_traceback
-from hf_zero_plugin.cli.devices import hide_gpus_instead_of_use_cpu
 from hf_zero_plugin.cli.script_args import check_deepspeed_config, deepspeed_value, drop_removed_flags
 from hf_zero_plugin.errors import HfZeroError, LaunchError
+from hf_zero_plugin.integration.use_cpu import hide_gpus_instead_of_use_cpu
 
 __all__ = ["EXIT_USAGE", "LAUNCHER_PID_VARIABLE", "check_target", "die_with_launcher", "run_target"]
 

@@ -100,7 +100,7 @@ def resolve_dict(config: dict[str, Any], *, world_size: int | None = None) -> En
     Raises:
         ConfigError: a mistake, or an "auto" that is left; every one of them is named.
     """
-    return resolve(load_config(_without_traces_of_accelerate(config)), world_size=world_size).settings
+    return resolve(load_config(config), world_size=world_size).settings
 
 
 def examine(
@@ -210,10 +210,3 @@ def _from_arguments(problem: Problem, fill: Fill | None) -> Problem:
         why=f"The value comes from {' and '.join(f'--{name}' for name in fill.arguments)}.",
         fix=problem.fix.replace("Write", "Pass"),
     )
-
-
-def _without_traces_of_accelerate(config: dict[str, Any]) -> dict[str, Any]:
-    """For --fp16 without an fp16 section, accelerate itself writes exactly this; its auto_cast is not the user's."""
-    if config.get("fp16") == {"enabled": True, "auto_cast": True}:
-        return {**config, "fp16": {"enabled": True}}
-    return config

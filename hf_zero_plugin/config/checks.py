@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hf_zero_plugin.config.build import weight_type
 from hf_zero_plugin.config.facts import TrainingFacts
 from hf_zero_plugin.config.fields import AUTO
 from hf_zero_plugin.config.fill import ADAM_FAMILY, Fill
@@ -82,6 +83,30 @@ def cross_problems(model: DsConfig, sources: dict[str, str]) -> Iterator[Problem
             what=f"torch_autocast and {name} are both on",
             why=f"torch_autocast keeps the weights in fp32, {name} does not.",
             fix=f"Remove the {name} section, or torch_autocast.",
+        )
+    wanted = model.data_types.param_dtype
+    if wanted is not None and wanted != weight_type(model):
+        name = "fp16" if model.fp16.enabled else "bf16"
+        yield Problem(
+            path="$.data_types.param_dtype",
+            what=f'"{wanted}", but {name} (from {sources.get(f"$.{name}.enabled", "file")}) is on',
+            why="Weights have one type.",
+            fix=f"Remove param_dtype, or switch {name} off.",
+        )
+    states = model.optimizer.params.get("fp32_optimizer_states") if model.optimizer is not None else None
+    if states is False and weight_type(model) == "fp16":
+        yield Problem(
+            path="$.optimizer.params.fp32_optimizer_states",
+            what="false would keep the moments in fp16",
+            why="Squares of small gradients are zero in fp16, and Adam divides by their root.",
+            fix="Use bf16 instead of fp16, or remove the key to keep the moments in fp32.",
+        )
+    if zero.offload_optimizer.device == "nvme" and not zero.offload_optimizer.nvme_path:
+        yield Problem(
+            path=f"{_Z}.offload_optimizer.nvme_path",
+            what="the key is missing",
+            why='The device is "nvme", and nothing says which disk that is.',
+            fix='Name a directory on it, for example "/local_nvme".',
         )
     if zero.stage < 3 and zero.offload_param.device == "cpu":
         yield Problem(

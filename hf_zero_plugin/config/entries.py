@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_zero_plugin.config.build import weight_type
 from hf_zero_plugin.config.facts import TrainingFacts
 from hf_zero_plugin.config.fields import AUTO, Verdict
 from hf_zero_plugin.config.fill import Fill
@@ -99,16 +100,39 @@ def _idle(path: str, config: DsConfig) -> str:
     zero = config.zero_optimization
     section, _, name = path.rpartition(".")
     autocast = config.torch_autocast
-    scales_loss = config.fp16.enabled or (autocast.enabled and autocast.dtype == "fp16")
-    if section == "$.fp16" and name != "enabled" and not scales_loss:
+    weights = weight_type(config)
+    scales_loss = weights == "fp16" or (autocast.enabled and autocast.dtype == "fp16")
+    if section == "$.fp16" and name != "enabled" and not (weights == "fp16" if name == "auto_cast" else scales_loss):
         return "fp16 is off."
-    if path == "$.torch_autocast.dtype" and not autocast.enabled:
-        return "torch_autocast is off."
+    if section == "$.bf16" and name == "check_grad_overflow" and scales_loss:
+        return "Loss scaling cannot do without the check."
+    if section == "$.bf16" and name.startswith("bf16_") and weights != "bf16":
+        return "bf16 is off."
+    if name == "fp32_optimizer_states" and weights == "fp32":
+        return "The weights are fp32 too."
+    if section == "$.torch_autocast" and name != "enabled":
+        if not autocast.enabled:
+            return "torch_autocast is off."
+        if name == "lower_precision_safe_modules" and zero.stage == 3:
+            return "Stage 3 reduces all gradients in one type."
+    if section == "$.flops_profiler" and name != "enabled" and not config.flops_profiler.enabled:
+        return "The profiler is off."
+    if section == "$.timers.throughput" and config.steps_per_print is None:
+        return "Printed with steps_per_print, which is absent."
     if section == "$.zero_optimization.offload_optimizer" and name != "device":
         if zero.offload_optimizer.device == "none":
             return "The optimizer is not offloaded."
+        if name in _NVME_KEYS and zero.offload_optimizer.device != "nvme":
+            return "Only used when the device is nvme."
+        if name == "step_on" and zero.offload_optimizer.device == "nvme":
+            return "States on NVMe are updated by the host's cores."
+        on_host = zero.offload_optimizer.step_on == "host" or zero.offload_optimizer.device == "nvme"
+        if name == "cpuadam_cores_perc" and not on_host:
+            return 'Only used with step_on "host"; the accelerator computes the update otherwise.'
         if name == "gpu_memory_budget" and zero.offload_optimizer.ratio != AUTO:
             return 'Only used with ratio "auto".'
+    if section == "$.aio" and zero.offload_optimizer.device != "nvme":
+        return "Nothing is offloaded to nvme."
     if path == "$.zero_optimization.offload_param.pin_memory" and zero.offload_param.device == "none":
         return "The weights are not offloaded."
     if zero.stage < 3 and (name.startswith("stage3_") or section.endswith(".leaf_module")):
@@ -116,6 +140,9 @@ def _idle(path: str, config: DsConfig) -> str:
     if path == "$.gradient_predivide_factor" and not config.prescale_gradients:
         return "Only used with prescale_gradients."
     return ""
+
+
+_NVME_KEYS = frozenset({"nvme_path", "buffer_count", "pipeline_read", "pipeline_write"})
 
 
 def _built_by_the_trainer(kind: str, args: TrainingFacts | None) -> Entry:

@@ -58,8 +58,14 @@ def load_config(source: Source, *, allow_refused: bool = False) -> LoadedConfig:
         raise_problems(origin, [error.problem], {})
         raise
     if not isinstance(scanned.value, dict):
-        what = f"the configuration is {type(scanned.value).__name__}, not an object"
-        raise_problems(origin, [Problem(path="$", what=what, fix="Put it in braces: {...}.")], scanned.positions)
+        kind = "a list" if isinstance(scanned.value, list) else "a single value"
+        problem = Problem(
+            path="$",
+            what=f"the configuration is {kind}, not an object",
+            why="It is made of named keys.",
+            fix='Put it in braces: {"zero_optimization": ...}.',
+        )
+        raise_problems(origin, [problem], scanned.positions)
     return _checked(scanned.value, origin, scanned.positions, scanned.duplicates, allow_refused)
 
 

@@ -35,7 +35,9 @@ def short_table(resolved: ResolvedConfig) -> str:
 def _rows(settings: EngineSettings, origins: dict[str, str]) -> Iterator[tuple[str, str, str]]:
     zero = "$.zero_optimization"
     yield "stage", f"{settings.stage}, {_SHARDED[settings.stage]}", origins.get(f"{zero}.stage", "default")
-    yield "weights", _weights(settings), origins.get(f"$.{settings.precision}.enabled", "default")
+    section = f"$.{settings.precision}.enabled"
+    is_section = origins.get("$.data_types.param_dtype", "default") == "default"
+    yield "weights", _weights(settings), origins.get(section, "default") if is_section else "file"
     yield "batch", _batch(settings), origins.get("$.train_micro_batch_size_per_gpu", "default")
     clipping = f"{settings.gradient_clipping:g}" if settings.gradient_clipping else "off"
     yield "clipping", clipping, origins.get("$.gradient_clipping", "default")
@@ -55,7 +57,11 @@ def _rows(settings: EngineSettings, origins: dict[str, str]) -> Iterator[tuple[s
 
 
 def _weights(settings: EngineSettings) -> str:
-    words = settings.precision if settings.autocast is None else f"fp32, computing in {settings.autocast}"
+    words = (
+        settings.precision if settings.autocast is None else f"{settings.precision}, computing in {settings.autocast}"
+    )
+    narrow = {"masters": settings.master_dtype, "optimizer states": settings.optimizer_state_dtype}
+    words += "".join(f", {name} in {dtype}" for name, dtype in narrow.items() if dtype != "fp32")
     scale = settings.loss_scale
     if scale is None:
         return words

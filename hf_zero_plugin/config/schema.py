@@ -18,6 +18,7 @@ from hf_zero_plugin.config.fields import (
     AutoNonNegative,
     AutoPositive,
     Dtype,
+    LogLevel,
     Opaque,
     Positive,
     PrintEvery,
@@ -129,9 +130,10 @@ class DsConfig(Section):
     memory_breakdown: bool = applied(False, "Print memory by kind.")
     dump_state: bool = inert(False, "Print the engine's state.", why="hf-zero explain prints the configuration.")
     vocabulary_size: Positive | None = inert(None, "Only checked for alignment by DeepSpeed.", why="Nothing uses it.")
-    log_level: str | None = inert(
-        None, "Level of DeepSpeed's logger.", why="The Trainer sets log levels (--log_level)."
-    )
+    log_level: LogLevel | None = applied(
+        None, "Level of this engine's messages: debug, info, warning, error, critical.",
+        note="The Trainer's level (--log_level) if absent.",
+    )  # fmt: skip
     timers: Timers = section(Timers, "Measurements.")
     flops_profiler: FlopsProfiler = section(FlopsProfiler, "Count of operations.")
     comms_logger: CommsLogger = section(CommsLogger, "Log of collectives.")

@@ -86,11 +86,8 @@ class AdamParams(_CommonParams):
         "Use torch's Adam instead of DeepSpeed's.",
         note="The update is torch's in any case; only the default of weight_decay changes.",
     )
-    fp32_optimizer_states: bool = refused(
-        True,
-        "Keep the moments in fp32.",
-        why="Not built yet: the moments are always fp32 here.",
-        fix="Remove the key, or set it to true.",
+    fp32_optimizer_states: bool = applied(
+        True, "Keep the moments in fp32; false keeps them in the type of the weights."
     )
     amsgrad: bool = refused(
         False,

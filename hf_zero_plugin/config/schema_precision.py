@@ -29,11 +29,10 @@ class FP16(Section):
     enabled: AutoFlag = applied(
         False, "Hold weights, activations and gradients in float16, fp32 master weights beside them."
     )
-    auto_cast: bool = refused(
+    auto_cast: bool = applied(
         False,
         "Cast floating-point inputs of the model to float16.",
-        why="The engine does not cast the model's inputs yet; the Trainer casts the batches it prepares.",
-        fix=_LEAVE_OUT,
+        note="The Trainer casts the batches it prepares in any case.",
     )
     loss_scale: NonNegative = applied(0.0, "Static loss scale; 0 scales dynamically.")
     initial_scale_power: ScalePower = applied(16, "The dynamic loss scale starts at 2 to this power.")
@@ -63,37 +62,33 @@ class BF16(Section):
         "Add gradients to the fp32 accumulation buffer as they are produced.",
         why="Gradients are always taken as they are produced.",
     )
-    bf16_master_weights_and_grads: bool = refused(
+    bf16_master_weights_and_grads: bool = applied(
         False,
-        "Keep master weights and gradients in bfloat16.",
-        why="Not built yet: master weights are always fp32 here.",
-        fix=f"{_LEAVE_OUT} To save device memory, offload the optimizer.",
+        "Keep master weights and sums of gradients in bfloat16.",
+        note="Updates smaller than bfloat16 can hold are lost; the update itself is computed in fp32.",
     )
-    bf16_optimizer_states: bool = refused(
+    bf16_optimizer_states: bool = applied(
         False,
-        "Keep the optimizer's moments in bfloat16.",
-        why="Not built yet: the optimizer's moments are always fp32 here.",
-        fix=f"{_LEAVE_OUT} To save device memory, offload the optimizer.",
+        "Keep the optimizer's states in bfloat16.",
+        note="Rounded to nearest after an fp32 update; works with fp32 master weights as well.",
     )
 
 
 class TorchAutocast(Section):
     enabled: bool = applied(False, "Run the forward pass under torch.autocast; weights and gradients stay fp32.")
     dtype: HalfDtype | None = applied(None, "Type that autocast computes in; bf16 unless --fp16 is given.")
-    lower_precision_safe_modules: Names | None = inert(
+    lower_precision_safe_modules: Names | None = applied(
         None,
-        "Modules whose gradients DeepSpeed communicates in low precision.",
-        why="Gradients of an autocast run are fp32 and are reduced in communication_data_type.",
+        "Import paths of module classes (torch.nn.Linear) whose gradients are reduced in dtype.",
+        note="None if absent: all gradients are reduced in fp32, or in communication_data_type.",
     )
 
 
 class DataTypes(Section):
     grad_accum_dtype: Dtype | None = applied(None, "Type that gradients are accumulated in over micro-steps.")
-    param_dtype: Dtype | None = refused(
+    param_dtype: Dtype | None = applied(
         None,
-        "Type of the weights, apart from the fp16 and bf16 sections.",
-        why="The type of the weights comes from the fp16 and bf16 sections alone.",
-        fix="Remove the key, and switch on fp16 or bf16 instead.",
+        "Type of the weights where neither fp16 nor bf16 is on; with torch_autocast too. Masters stay fp32.",
     )
     buffer_dtype: Dtype | None = refused(
         None,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from hf_zero_plugin.config.fields import (
     AboveZero,
     Count,
-    Integer,
+    DepthLimit,
     LowerCase,
     NonNegative,
     Opaque,
@@ -63,15 +63,14 @@ class ActivationCheckpointing(Section):
     profile: bool = inert(False, "Time every checkpointed layer.", why="Use torch.profiler.")
 
 
-_NVME = "Only read when something is offloaded to nvme, which this engine does not have yet."
-
-
 class AIO(Section):
-    block_size: Positive = inert(1_048_576, "Bytes of one read or write.", why=_NVME)
-    queue_depth: Positive = inert(8, "Reads and writes under way at once.", why=_NVME)
-    intra_op_parallelism: Positive = inert(1, "Threads for one tensor.", why=_NVME)
-    single_submit: bool = inert(False, "Submit requests one by one.", why=_NVME)
-    overlap_events: bool = inert(True, "Overlap submitting and waiting.", why=_NVME)
+    block_size: Positive = applied(1_048_576, "Bytes of one read or write; rounded up to 4096.")
+    queue_depth: Positive = applied(8, "Reads and writes under way at once.")
+    intra_op_parallelism: Positive = applied(1, "Multiplies queue_depth.")
+    single_submit: bool = applied(False, "One read or write at a time.")
+    overlap_events: bool = inert(
+        True, "Overlap submitting and waiting.", why="Always done: every read or write has a thread that waits for it."
+    )
     use_gds: bool = refused(
         False,
         "GPUDirect Storage.",
@@ -110,8 +109,8 @@ class Checkpoint(Section):
 
 
 class Throughput(Section):
-    enabled: bool = inert(True, "Measure samples per second.", why="The Trainer reports train_samples_per_second.")
-    synchronized: bool = inert(True, "Wait for the device when measuring.", why="The Trainer measures whole runs.")
+    enabled: bool = applied(True, "Print samples per second beside what steps_per_print prints.")
+    synchronized: bool = applied(True, "Wait for the device when measuring, once a print.")
 
 
 class Timers(Section):
@@ -119,18 +118,15 @@ class Timers(Section):
 
 
 class FlopsProfiler(Section):
-    enabled: bool = refused(
-        False,
-        "Count the operations of a step.",
-        why="The profiler is not built yet.",
-        fix=f"{_SWITCH_OFF} torch.utils.flop_counter counts them in your own code.",
+    enabled: bool = applied(False, "Count the operations of a step, by torch.utils.flop_counter.")
+    recompute_fwd_factor: NonNegative = inert(
+        0.0, "Weight of recomputed forward passes.", why="They are counted in the backward pass, where they run."
     )
-    recompute_fwd_factor: NonNegative = inert(0.0, "Weight of recomputed forward passes.", why=_SECTION_OFF)
-    profile_step: Positive = inert(1, "Step to count.", why=_SECTION_OFF)
-    module_depth: Integer = inert(-1, "Depth of modules to print.", why=_SECTION_OFF)
-    top_modules: Positive = inert(1, "Number of modules to print.", why=_SECTION_OFF)
-    detailed: bool = inert(True, "Print the whole model.", why=_SECTION_OFF)
-    output_file: str | None = inert(None, "Where to print.", why=_SECTION_OFF)
+    profile_step: Positive = applied(1, "Step to count; its first micro-step is.")
+    module_depth: DepthLimit = applied(-1, "Depth of modules to print; -1 prints all.")
+    top_modules: Positive = applied(1, "Number of modules to name at each depth.")
+    detailed: bool = applied(True, "Print the whole model, module by module.")
+    output_file: str | None = applied(None, "File to print to, instead of the log.")
 
 
 class CommsLogger(Section):

@@ -31,7 +31,7 @@ from hf_zero_plugin.config.fields import (
 __all__ = ["LeafModule", "OffloadOptimizer", "OffloadParam", "ZeroOptimization"]
 
 _NVME_ONLY = "Only read when the device is nvme, which this engine does not have yet."
-_NVME_WHY = "Offload to NVMe is not built yet."
+_NVME_WHY = "Offload of weights to NVMe is not built yet; optimizer states can be."
 _NVME_FIX = 'Use "cpu", or "none".'
 _ALWAYS = "Always done: gradients live in flat buckets from the start."
 _FSDP2 = "Stage 3 is PyTorch's fully_shard, which decides this itself."
@@ -41,13 +41,10 @@ _REMOVE = "Remove the key."
 
 
 class OffloadOptimizer(Section):
-    device: AutoDevice = refused(
+    device: AutoDevice = applied(
         "none",
-        "Home of the fp32 master weights and optimizer states: none (the accelerator), cpu, nvme.",
-        why=_NVME_WHY,
-        fix=_NVME_FIX,
-        accepted=("cpu",),
-        otherwise="applied",
+        "Home of the master weights and optimizer states: none (the accelerator), cpu, nvme.",
+        note="States on NVMe are updated by the host's cores.",
     )
     pin_memory: bool = applied(True, "Page-locked host memory: faster copies that overlap with computing.")
     ratio: AutoShare = applied(
@@ -64,20 +61,22 @@ class OffloadOptimizer(Section):
         "streamed through it.",
         note="Ours.",
     )
-    nvme_path: AutoText | None = inert(None, "Directory for offloaded states.", why=_NVME_ONLY)
-    buffer_count: Count = inert(4, "Staging buffers between NVMe and the host.", why=_NVME_ONLY)
-    pipeline_read: bool = inert(False, "Read the next states from NVMe during the update.", why=_NVME_ONLY)
-    pipeline_write: bool = inert(False, "Write the last states to NVMe during the update.", why=_NVME_ONLY)
-    fast_init: bool = inert(False, "Faster first placement of the states on NVMe.", why=_NVME_ONLY)
+    nvme_path: AutoText | None = applied(None, "Directory for states on NVMe; every rank keeps a file there.")
+    buffer_count: Positive = applied(4, "Staging buffers in host memory, each of a bucket's states.")
+    pipeline_read: bool = applied(False, "Read the next states from NVMe during the update.")
+    pipeline_write: bool = applied(False, "Write the last states to NVMe during the update.")
+    fast_init: bool = inert(
+        False, "Faster first placement of the states on NVMe.", why="The states are placed there in one pass, always."
+    )
     super_offload: bool = inert(
         False,
         "DeepSpeed's overlap of the host update with the backward and forward passes.",
         why="The host update here always overlaps with the next forward pass.",
     )
-    cpuadam_cores_perc: Share = inert(
+    cpuadam_cores_perc: Share = applied(
         0.8,
-        "Share of the cores for SuperOffload's worker.",
-        why="PyTorch's own thread count is used (OMP_NUM_THREADS).",
+        "Share of PyTorch's threads (OMP_NUM_THREADS) for the update on the host; at least one.",
+        note="All of them unless the key is given.",
     )
 
 
@@ -99,18 +98,8 @@ class OffloadParam(Section):
 
 class LeafModule(Section):
     classes: Names = applied([], "Class names of modules that are gathered as a whole, with all that is inside them.")
-    names: Names = refused(
-        [],
-        "Names of modules that are gathered as a whole.",
-        why="Leaf modules are found by their class here.",
-        fix="List the modules' class in zero_optimization.leaf_module.classes.",
-    )
-    name_suffixes: Names = refused(
-        [],
-        "Ends of names of modules that are gathered as a whole.",
-        why="Leaf modules are found by their class here.",
-        fix="List the modules' class in zero_optimization.leaf_module.classes.",
-    )
+    names: Names = applied([], "Names of modules that are gathered as a whole: encoder.block.0.")
+    name_suffixes: Names = applied([], "Ends of names of modules that are gathered as a whole: .experts.")
 
 
 class ZeroOptimization(Section):
@@ -178,13 +167,12 @@ class ZeroOptimization(Section):
     stage3_max_live_parameters: Count = applied(
         1_000_000_000, "Elements that may stay gathered between forward and backward (stage 3)."
     )
-    stage3_max_reuse_distance: Count = inert(
-        1_000_000_000, "Keep parameters gathered that are used again within this many elements.", why=_FSDP2
+    stage3_max_reuse_distance: Count = applied(
+        1_000_000_000,
+        "Keep modules gathered between forward and backward if fewer elements than this are computed with in between.",
     )
-    stage3_model_persistence_threshold: Count = inert(
-        sys.maxsize,
-        "Most elements that may stay whole on every rank.",
-        why="stage3_param_persistence_threshold alone decides which parameters stay whole.",
+    stage3_model_persistence_threshold: Count = applied(
+        sys.maxsize, "Most elements, of all small parameters together, that may stay whole on every rank (stage 3)."
     )
     stage3_module_granularity_threshold: Integer = inert(0, "Gather small modules as a whole.", why=_FSDP2)
     stage3_use_all_reduce_for_fetch_params: bool = inert(False, "Gather weights by all-reduce.", why=_FSDP2)

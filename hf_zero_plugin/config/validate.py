@@ -29,7 +29,10 @@ __all__ = ["refusals", "schema_problems"]
 _TABLES = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
 _REFUSED_TYPES = {"optimizer": REFUSED_OPTIMIZERS, "scheduler": REFUSED_SCHEDULERS}
 
+_AN = {"optimizer": "an optimizer", "scheduler": "a scheduler"}
+
 _COMMENTS = frozenset({"_comment", "comment", "//", "_doc", "#"})
+_ACCELERATORS = frozenset({"gpu", "cuda", "xpu", "device"})
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least"),
     "greater_than": ("gt", "greater than"),
@@ -98,7 +101,7 @@ def _type_problems(kind: str, node: dict[str, Any], config: dict[str, Any]) -> I
     for title, (why, fix) in _REFUSED_TYPES[kind].items():
         if title.lower() == name.lower():
             yield Problem(
-                path=f"$.{kind}.type", what=f'"{name}" is an {kind} that this engine does not have', why=why, fix=fix
+                path=f"$.{kind}.type", what=f'"{name}" is {_AN[kind]} that this engine does not have', why=why, fix=fix
             )
             return
     near = did_you_mean(name, known)
@@ -149,8 +152,9 @@ def _problem(detail: ErrorDetails, prefix: str, config: dict[str, Any]) -> Probl
         wanted = context.get("min_length", context.get("max_length"))
         return Problem(
             path=path,
-            what=f"the list has {context['actual_length']} items, but {wanted} are needed",
-            fix=f"Write {wanted} items, for example [0.9, 0.999].",
+            what=f"the list has {_items(context['actual_length'])}, but {_items(wanted)} are needed",
+            why="Each of them has a meaning of its own, and none has a default.",
+            fix=f"Write {_items(wanted)}, for example [0.9, 0.999].",
         )
     return _wrong_type(path, value, _WANTED.get(kind, ""), detail["msg"])
 
@@ -170,12 +174,13 @@ def _unknown_key(path: str, config: dict[str, Any]) -> Problem:
             return Problem(path=path, what=f'{chosen} has no parameter "{name}"', why=why, fix=fix)
     if name in _COMMENTS:
         return Problem(path=path, what=what, why=f"JSON has no comments. {why}", fix="Remove it.")
+    homes = [home for home, model in models.items() if name in model.model_fields]
+    homes = homes or [f"$.{kind}.params" for kind, table in _TABLES.items() if _takes(table, name)]
+    if homes:
+        return Problem(path=path, what=what, why=why, fix=f"This key belongs in {' or '.join(homes)}. Move it there.")
     near = did_you_mean(name, siblings)
     if near is not None:
         return Problem(path=path, what=what, why=why, fix=f'Did you mean "{near}"?')
-    homes = [home for home, model in models.items() if name in model.model_fields]
-    if homes:
-        return Problem(path=path, what=what, why=why, fix=f"This key belongs in {' or '.join(homes)}. Move it there.")
     far = [(home, did_you_mean(name, model.model_fields)) for home, model in models.items() if len(name) > 5]
     close = next((f"{home}.{found}" for home, found in far if found is not None), None)
     listed = f"Keys of {parent}: {', '.join(siblings)}." if siblings and len(siblings) <= 15 else ""
@@ -183,9 +188,19 @@ def _unknown_key(path: str, config: dict[str, Any]) -> Problem:
     return Problem(path=path, what=what, why=f"{why} {listed}".strip(), fix=hint)
 
 
+def _takes(table: dict[str, type[Section]], name: str) -> bool:
+    return any(name in model.model_fields for model in table.values())
+
+
+def _items(count: Any) -> str:
+    return "1 item" if count == 1 else f"{count} items"
+
+
 def _wrong_choice(path: str, value: Any, expected: str) -> Problem:
     choices = [choice.strip("'") for choice in expected.replace(" or ", ", ").split(", ")]
     near = did_you_mean(value, choices) if isinstance(value, str) else None
+    if path.endswith(".device") and isinstance(value, str) and value.partition(":")[0].lower() in _ACCELERATORS:
+        near = "none"  # what is not offloaded stays there
     listed = ", ".join(f'"{choice}"' for choice in choices)
     return Problem(
         path=path,
@@ -197,7 +212,7 @@ def _wrong_choice(path: str, value: Any, expected: str) -> Problem:
 
 def _wrong_type(path: str, value: Any, wanted: str, message: str) -> Problem:
     if not wanted:
-        return Problem(path=path, what=f"{show(value)} is not right here: {message}", fix="Write another value.")
+        return Problem(path=path, what=f"{show(value)} is not right here", why=message, fix="Write another value.")
     fix = f"Write {wanted}."
     if isinstance(value, str) and "number" in wanted and _is_number(value):
         fix = f"Write {value} without quotes."
@@ -205,6 +220,10 @@ def _wrong_type(path: str, value: Any, wanted: str, message: str) -> Problem:
         fix = f"Write {value.lower()} without quotes."
     elif value in (0, 1) and not isinstance(value, bool) and wanted == "true or false":
         fix = f"Write {'true' if value else 'false'}."
+    elif isinstance(value, str) and path.endswith((".offload_optimizer", ".offload_param")):
+        fix = f'Write {{"device": {show(value)}}}.'
+    elif isinstance(value, bool) and path in ("$.fp16", "$.bf16", "$.amp", "$.torch_autocast", "$.flops_profiler"):
+        fix = f'Write {{"enabled": {show(value)}}}.'
     elif value is None:
         fix = f"Remove the key to take the default, or write {wanted}."
     elif isinstance(value, bool) and path == "$.zero_optimization":

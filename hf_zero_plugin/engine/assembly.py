@@ -18,10 +18,13 @@ from hf_zero_plugin.engine.collectives import all_gather_flat
 from hf_zero_plugin.engine.flat import FlatWeights
 from hf_zero_plugin.engine.gradients import GradientStore, ReduceOptions, ResidentGrads, TransientGrads
 from hf_zero_plugin.engine.loose_grads import LooseGrads
+from hf_zero_plugin.engine.low_precision import params_of_safe_modules
 from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home, MasterWeights
 from hf_zero_plugin.engine.offload_host import HostHome
+from hf_zero_plugin.engine.offload_nvme import NvmeHome
 from hf_zero_plugin.engine.offload_stream import StreamedHome
 from hf_zero_plugin.engine.optimizers import TorchRule, UpdateRule, rule_for, rule_from_config
+from hf_zero_plugin.engine.piece_states import StateTypes
 from hf_zero_plugin.engine.readiness import Doors
 from hf_zero_plugin.engine.sharding import Sharding, sharding_for
 from hf_zero_plugin.engine.shards import Shards
@@ -131,6 +134,8 @@ class Assembly:
             place = places["host" if home.is_on_host else "device"]
             for kind, size in home.num_bytes.items():
                 place[kind] = place.get(kind, 0) + size
+            if isinstance(home, NvmeHome):
+                places["nvme"] = home.file_bytes
             if isinstance(home, StreamedHome):
                 places["device"]["buffers"] = places["device"].get("buffers", 0) + home.staging_bytes
         return places
@@ -162,7 +167,7 @@ def assemble(
         return parts
     rule, optimizer, client_steps = choose_optimizer(settings, param_groups, client)
     parts.optimizer = optimizer
-    parts.params, specs = _specs(module, optimizer.param_groups, compute)
+    parts.params, specs = _specs(module, optimizer.param_groups, compute, settings)
     place_rest(module, device, compute, skip={id(param) for param in parts.params})
     asked = min(settings.reduce_bucket_size, settings.allgather_bucket_size, settings.sub_group_size)
     numel = min(BUCKET_NUMEL, max(asked, MIN_BUCKET_NUMEL))
@@ -200,15 +205,18 @@ def choose_optimizer(
 
 
 def _specs(
-    module: nn.Module, groups: Sequence[dict[str, Any]], compute: torch.dtype | None
+    module: nn.Module, groups: Sequence[dict[str, Any]], compute: torch.dtype | None, settings: EngineSettings
 ) -> tuple[list[nn.Parameter], list[ParamSpec]]:
+    narrow = params_of_safe_modules(module, settings.lower_precision_safe_modules)
     group_of = {id(param): index for index, group in enumerate(groups) for param in group["params"]}
     params: list[nn.Parameter] = []
     specs: list[ParamSpec] = []
     for name, param in module.named_parameters():
         if param.requires_grad and id(param) in group_of:
             dtype = compute if compute is not None and param.is_floating_point() else param.dtype
-            specs.append(ParamSpec(len(params), name, tuple(param.shape), param.numel(), dtype, group_of[id(param)]))
+            wire = DTYPES[settings.autocast] if settings.autocast is not None and id(param) in narrow else None
+            group, shape = group_of[id(param)], tuple(param.shape)
+            specs.append(ParamSpec(len(params), name, shape, param.numel(), dtype, group, wire))
             params.append(param)
     if not params:
         raise ConfigError(
@@ -265,6 +273,7 @@ def _wire(
         device=parts.device,
         is_alone=sharding.world_size == 1,
         groups=parts.optimizer.param_groups,
+        types=state_types(settings, rule, client),
     )
     homes = make_homes(parts, settings, context, client, parts.layouts)
     parts.masters = MasterWeights(homes, parts.grads, len(parts.layouts))
@@ -330,8 +339,6 @@ def make_grads(parts: Assembly, settings: EngineSettings, group: dist.ProcessGro
         predivide_factor=settings.gradient_predivide_factor,
         dtype=DTYPES[wire] if wire is not None else None,
     )
-    # bf16 keeps 8 bits: sums of micro-steps lose small gradients, so they are kept in fp32 unless told otherwise.
-    wanted = settings.grad_accum_dtype or ("fp32" if settings.precision == "bf16" else settings.precision)
     is_half = all(flat.dtype != torch.float32 for flat in parts.weights.flats)
     store: type[GradientStore] = TransientGrads if parts.sharding.shards_grads else ResidentGrads
     if parts.sharding.world_size == 1 and is_half:
@@ -344,8 +351,35 @@ def make_grads(parts: Assembly, settings: EngineSettings, group: dist.ProcessGro
         group=group,
         overlap=settings.overlap_comm,
         flats=parts.weights.flats,
-        accumulate_fp32=wanted == "fp32" and settings.precision != "fp32",
+        accumulate_fp32=accumulates_in_fp32(settings),
     )
+
+
+def accumulates_in_fp32(settings: EngineSettings) -> bool:
+    """Whether sums of micro-steps need buffers wider than the weights.
+
+    bf16 keeps 8 bits: sums lose small gradients, so they are fp32 unless the user has told otherwise.
+    """
+    if settings.precision == "fp32":
+        return False
+    default = "fp32" if settings.precision == "bf16" and settings.master_dtype == "fp32" else settings.precision
+    return (settings.grad_accum_dtype or default) == "fp32"
+
+
+def state_types(settings: EngineSettings, rule: UpdateRule, client: torch.optim.Optimizer | None) -> StateTypes:
+    """Types of masters and states, if this optimizer can have them.
+
+    Raises:
+        ConfigError: narrow ones for an optimizer that holds its own states.
+    """
+    types = StateTypes(DTYPES[settings.master_dtype], DTYPES[settings.optimizer_state_dtype])
+    if not types.are_wide and (client is not None or isinstance(rule, TorchRule)):
+        name = type(client).__name__ if client is not None else getattr(rule, "cls", type(rule)).__name__
+        raise ConfigError(
+            f"$.bf16: {name} keeps its own states in fp32, so bf16_master_weights_and_grads, bf16_optimizer_states and "
+            "fp32_optimizer_states do not apply to it. Use Adam, AdamW, Adagrad, Lion or SGD, or remove these keys."
+        )
+    return types
 
 
 def make_homes(
@@ -357,7 +391,9 @@ def make_homes(
 ) -> list[Home]:
     """Homes for this rank's part of ``layouts``, as the optimizer and its offload settings ask."""
     offload, sharding = settings.offload_optimizer, parts.sharding
-    to_host = offload.device == "cpu"
+    to_host = offload.device != "none"
+    if offload.device == "nvme":
+        refuse_own_states_on_nvme(context.rule, client)
     if client is not None or not context.rule.elementwise:
         refuse_cut_parameters(context.rule, client, sharding)
         pieces = [piece for layout in layouts for piece in cut_whole_parameters(layout)]
@@ -367,12 +403,12 @@ def make_homes(
         home = torch.device("cpu") if to_host else parts.device
         return [ClientHome(context, pieces, client, parts.params, indices, home)]
     streams = (
-        to_host
+        offload.device == "cpu"
         and parts.device.type == "cuda"
         and offload.step_on != "host"
         and not isinstance(context.rule, TorchRule)
     )
-    longest = STREAM_PIECE_NUMEL if streams else None
+    longest = STREAM_PIECE_NUMEL if streams or offload.device == "nvme" else None
     pieces = [piece for layout in layouts for piece in cut_pieces(layout, sharding.shard_of(layout), max_numel=longest)]
     if not to_host:
         return [DeviceHome(context, pieces)]
@@ -382,7 +418,15 @@ def make_homes(
     else:
         # Without a device to overlap with, a second thread would only fight the first for the cores.
         threaded = parts.device.type == "cuda" or offload.step_on == "host"
-        away = HostHome(context, moved, pin_memory=offload.pin_memory, threaded=threaded)
+        if offload.device == "nvme":
+            return [DeviceHome(context, kept), NvmeHome(context, moved, offload, settings.aio, threaded=threaded)]
+        away = HostHome(
+            context,
+            moved,
+            pin_memory=offload.pin_memory,
+            threaded=threaded,
+            threads_share=offload.host_threads_share,
+        )
     return [DeviceHome(context, kept), away]
 
 
@@ -392,7 +436,7 @@ def _split_by_ratio(pieces: list[Piece], context: Context, settings: EngineSetti
     total = sum(piece.numel for piece in pieces)
     if offload.ratio == "auto":
         budget = offload.gpu_memory_budget_bytes or 0
-        keep = budget // (4 * (1 + len(context.rule.state_names)))
+        keep = budget // context.types.bytes_per_element(len(context.rule.state_names))
     else:
         keep = round((1.0 - offload.ratio) * total)
     num_kept = 0
@@ -412,6 +456,16 @@ def refuse_cut_parameters(rule: UpdateRule, client: torch.optim.Optimizer | None
             f"{sharding.num_shards} ranks cut parameters into slices. Use stage 0, one rank, or an optimizer of "
             "torch.optim that works element by element (AdamW, Adam, SGD, Adagrad, RMSprop, Lion...)."
         )
+
+
+def refuse_own_states_on_nvme(rule: UpdateRule, client: torch.optim.Optimizer | None) -> None:
+    if client is None and not isinstance(rule, TorchRule):
+        return
+    name = type(client).__name__ if client is not None else getattr(rule, "cls", type(rule)).__name__
+    raise ConfigError(
+        f"$.zero_optimization.offload_optimizer.device: {name} keeps its states itself, in memory, so they cannot "
+        'live on NVMe. Use Adam, AdamW, Adagrad, Lion or SGD, or the device "cpu".'
+    )
 
 
 def finish_bucket(parts: Assembly, bucket: int, home: object) -> None:

@@ -41,6 +41,8 @@ class ParamSpec:
     """Only compared for equality: parameters of different types never share a bucket."""
     group: int
     """Index of its optimizer group."""
+    wire: object = None
+    """Type in which its gradient travels between ranks, if it has one of its own; such never share a bucket either."""
     offset: int = 0
     """First element of the flattened parameter that the slot holds; not 0 where FSDP2 has cut it (stage 3)."""
     reserve: int = 0
@@ -86,6 +88,8 @@ class BucketLayout:
     segments: tuple[Segment, ...]
     num_shards: int
     padded_numel: int
+    wire: object = None
+    """See ``ParamSpec.wire``."""
 
     @property
     def shard_numel(self) -> int:
@@ -141,13 +145,14 @@ def plan_buckets(specs: Sequence[ParamSpec], *, bucket_numel: int, num_shards: i
     open_numel: dict[object, int] = {}
     small = min(SMALL_NUMEL, bucket_numel // 16)
     for spec in sorted(specs, key=lambda spec: spec.numel > small):
-        run = open_run.get(spec.dtype)
-        if run is None or open_numel[spec.dtype] + spec.numel > bucket_numel:
-            run = open_run[spec.dtype] = []
-            open_numel[spec.dtype] = 0
+        kind = (spec.dtype, spec.wire)
+        run = open_run.get(kind)
+        if run is None or open_numel[kind] + spec.numel > bucket_numel:
+            run = open_run[kind] = []
+            open_numel[kind] = 0
             runs.append(run)
         run.append(spec)
-        open_numel[spec.dtype] += spec.numel
+        open_numel[kind] += spec.numel
     return [_lay_out(index, run, num_shards) for index, run in enumerate(runs)]
 
 
@@ -163,7 +168,7 @@ def _lay_out(index: int, run: list[ParamSpec], num_shards: int) -> BucketLayout:
         segments[-1] = Segment(spec.group, segments[-1].start, position)
     padded = _round_up(max(position, 1), SLOT_ALIGNMENT * num_shards)
     segments[-1] = Segment(segments[-1].group, segments[-1].start, padded)
-    return BucketLayout(index, run[0].dtype, tuple(slots), tuple(segments), num_shards, padded)
+    return BucketLayout(index, run[0].dtype, tuple(slots), tuple(segments), num_shards, padded, run[0].wire)
 
 
 def cut_pieces(layout: BucketLayout, shard: int, *, max_numel: int | None = None) -> list[Piece]:

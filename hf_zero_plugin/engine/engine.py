@@ -17,6 +17,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,18 +26,21 @@ from torch import Tensor, nn
 
 from hf_zero_plugin.config.settings import EngineSettings
 from hf_zero_plugin.engine.activation_offload import ActivationOffload
-from hf_zero_plugin.engine.assembly import Assembly, assemble
+from hf_zero_plugin.engine.assembly import DTYPES, Assembly, assemble
 from hf_zero_plugin.engine.checkpointing import load_engine, save_engine
+from hf_zero_plugin.engine.flops import FlopsProfiler
 from hf_zero_plugin.engine.grad_norm import grad_stats
 from hf_zero_plugin.engine.loss_scaler import LossScaler
+from hf_zero_plugin.engine.low_precision import cast_floats
 from hf_zero_plugin.engine.master_weights import StepInputs
 from hf_zero_plugin.engine.pending import values_of
 from hf_zero_plugin.engine.registry import register, unregister
+from hf_zero_plugin.engine.reports import StepReports, set_log_level
 from hf_zero_plugin.engine.schedules import build_scheduler
 from hf_zero_plugin.engine.serving import WeightServer, serving
 from hf_zero_plugin.engine.sharded_assembly import assemble_sharded
 from hf_zero_plugin.engine.sharding import sharding_for
-from hf_zero_plugin.engine.timeline import Timed, describe_memory
+from hf_zero_plugin.engine.timeline import Timed
 from hf_zero_plugin.engine.watchdog import Watchdog, watched
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
 
@@ -109,6 +113,10 @@ class ZeroEngine(Timed, nn.Module):
         self._server: WeightServer | None = None
         register(self)
         self._watch_if_asked(settings.wall_clock_breakdown)
+        set_log_level(settings.log_level)
+        self._reports = StepReports(settings, device, self.world_size)
+        counts = settings.flops_profiler is not None and self.global_rank == 0
+        self._flops = FlopsProfiler(settings.flops_profiler, module, device) if counts else None  # type: ignore[arg-type]
 
     def _make_scheduler(self, given: Any) -> Any:
         if self.optimizer is None:
@@ -123,11 +131,18 @@ class ZeroEngine(Timed, nn.Module):
     @watched("forward")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own output, untouched."""
-        if self.settings.autocast is None:
-            return self.module(*args, **kwargs)
-        kind = torch.float16 if self.settings.autocast == "fp16" else torch.bfloat16
-        with torch.autocast(self.device.type, dtype=kind):
-            return self.module(*args, **kwargs)
+        if self.settings.cast_inputs:
+            args, kwargs = cast_floats((args, kwargs), DTYPES[self.settings.precision])
+        with self._counted("forward"):
+            if self.settings.autocast is None:
+                return self.module(*args, **kwargs)
+            with torch.autocast(self.device.type, dtype=DTYPES[self.settings.autocast]):
+                return self.module(*args, **kwargs)
+
+    def _counted(self, phase: str) -> AbstractContextManager[None]:
+        if self._flops is None or not self.training or not self._flops.wants(self.global_steps + 1, phase):
+            return contextlib.nullcontext()
+        return self._flops.count(phase)
 
     @property
     def loss_scale(self) -> float:
@@ -162,7 +177,7 @@ class ZeroEngine(Timed, nn.Module):
             scaled = scaled / self.settings.gradient_accumulation_steps
         if self.scaler is not None:
             scaled = scaled.float() * self.scaler.scale
-        with self._span("backward"):
+        with self._span("backward"), self._counted("backward"):
             scaled.backward(retain_graph=retain_graph)
             parts.grads.end_backward()
         return loss
@@ -229,22 +244,17 @@ class ZeroEngine(Timed, nn.Module):
         self.optimizer.overflow = overflow
         if overflow:
             self.skipped_steps += 1
-            logger.warning("step %d skipped: a gradient is inf or nan%s", self.global_steps, self._scale_note())
+            if self.global_rank == 0:  # all ranks have agreed
+                logger.warning("step %d skipped: a gradient is inf or nan%s", self.global_steps, self._scale_note())
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step()
         if self.scaler is not None:
             self.scaler.update(overflow, culprit=culprit)
         if self.timeline is not None:
             self.timeline.close_step()
-        every = self.settings.steps_per_print
-        if every and self.global_steps % every == 0 and self.global_rank == 0:
-            rates = ", ".join(f"{group['lr']:.3g}" for group in self.optimizer.param_groups)
-            logger.info(
-                "step %d, skipped %d, lr [%s]%s", self.global_steps, self.skipped_steps, rates, self._scale_note()
-            )
-            self._log_breakdown()
-            if self.settings.memory_breakdown:
-                logger.info("memory: %s", describe_memory(self.memory_report()))
+        self._reports.step_done(self)
+        if self._flops is not None:
+            self._flops.step_done(self.global_steps)
 
     def _culprit(self) -> str | None:
         """Name of the first parameter whose gradient is inf or nan on any rank. Collective."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from hf_zero_plugin.config.settings import EngineSettings
+from hf_zero_plugin.config.settings import EngineSettings, Stage3Settings
 from hf_zero_plugin.errors import HfZeroError
 
 __all__ = [
@@ -45,6 +45,8 @@ __all__ = [
     "shard_units",
     "sharded_params",
 ]
+
+_DEFAULTS = Stage3Settings()
 
 LEAF_MARK = "_zero_leaf_module"
 """Set by set_z3_leaf_modules on modules that must be gathered as a whole."""
@@ -100,14 +102,14 @@ def _outermost(model: nn.Module, wanted: set[int]) -> list[nn.Module]:
     return found
 
 
-def find_units(model: nn.Module, leaf_classes: Sequence[str] = ()) -> list[nn.Module]:
+def find_units(model: nn.Module, settings: Stage3Settings = _DEFAULTS) -> list[nn.Module]:
     """Modules to be gathered one at a time, in the order in which the model registers them.
 
     They are what the model itself calls indivisible (``_no_split_modules``), or else the members of its
     ``nn.ModuleList``s, and always the leaf modules. Outermost ones win; one that nobody calls (a list of modules), or
     whose parameters are also used outside of it, is left to the root with all that is in it.
     """
-    leaves = {id(m) for m in model.modules() if type(m).__name__ in leaf_classes or getattr(m, LEAF_MARK, False)}
+    leaves = {id(module) for name, module in model.named_modules() if _is_leaf(name, module, settings)}
     classes = {name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())}
     blocks = {id(m) for m in model.modules() if type(m).__name__ in classes}
     if not blocks:
@@ -132,6 +134,16 @@ def find_units(model: nn.Module, leaf_classes: Sequence[str] = ()) -> list[nn.Mo
     return [unit for unit in units if is_closed(unit)]
 
 
+def _is_leaf(name: str, module: nn.Module, settings: Stage3Settings) -> bool:
+    suffixes = settings.leaf_module_name_suffixes
+    return (
+        getattr(module, LEAF_MARK, False)
+        or type(module).__name__ in settings.leaf_module_classes
+        or name in settings.leaf_module_names
+        or (bool(suffixes) and name.endswith(suffixes))
+    )
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 holds the model already: an engine before this one has handed it over."""
     return isinstance(model, FSDPModule)
@@ -151,7 +163,7 @@ def shard_units(
     if settings.offload_param.device == "cpu":
         policy = CPUOffloadPolicy(pin_memory=settings.offload_param.pin_memory and mesh.device_type == "cuda")
     sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
-    kept = _num_kept(sizes, sum(p.numel() for p in model.parameters()), settings.stage3.max_live_parameters)
+    kept = _num_kept(sizes, sum(p.numel() for p in model.parameters()), settings.stage3)
     for index, unit in enumerate(units):
         fully_shard(
             unit,
@@ -176,14 +188,18 @@ def settle_root(model: nn.Module) -> None:
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator]
 
 
-def _num_kept(sizes: Sequence[int], total: int, max_live: int) -> int:
-    """How many of the last units stay gathered between forward and backward: backward needs those first."""
+def _num_kept(sizes: Sequence[int], total: int, settings: Stage3Settings) -> int:
+    """How many of the last units stay gathered between forward and backward: backward needs those first.
+
+    A unit is used again after the forward and the backward pass of all units behind it.
+    """
     live = total - sum(sizes)
-    kept = 0
+    behind = kept = 0
     for size in reversed(sizes):
         live += size
-        if live > max_live:
+        if live > settings.max_live_parameters or 2 * behind > settings.max_reuse_distance:
             break
+        behind += size
         kept += 1
     return kept
 

@@ -196,11 +196,17 @@ class GradientStore:
     def _launch(self, layout: BucketLayout) -> None:
         raise NotImplementedError
 
-    def _start_reduction(self, full: Tensor, out: Tensor | None) -> tuple[Tensor, Any]:
+    def _wire_type(self, layout: BucketLayout, full: Tensor) -> torch.dtype:
+        """The type in which a bucket's gradients travel."""
+        wire = layout.wire or self.options.dtype or full.dtype
+        assert isinstance(wire, torch.dtype)
+        return wire
+
+    def _start_reduction(self, full: Tensor, out: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Any]:
         """Start averaging ``full`` (P,) over ranks; return (where the result will be, handle to wait for)."""
         if self.options.before != 1.0:
             full.mul_(self.options.before)
-        wire = full if self.options.dtype in (None, full.dtype) else full.to(self.options.dtype)
+        wire = full.to(dtype)  # itself, if it has the type
         if out is None:
             return wire, dist.all_reduce(wire, group=self.group, async_op=True)
         return out, reduce_scatter_flat(out, wire, self.group)
@@ -258,10 +264,10 @@ class ResidentGrads(GradientStore):
         full = self._settle(layout.index)
         if self.sharding.reduction == "none":
             return
-        out = None
+        out, dtype = None, self._wire_type(layout, full)
         if self.sharding.reduction == "reduce_scatter":
-            out = full.new_empty(layout.shard_numel, dtype=self.options.dtype or full.dtype)
-        result, work = self._start_reduction(full, out)
+            out = full.new_empty(layout.shard_numel, dtype=dtype)
+        result, work = self._start_reduction(full, out, dtype)
         self._reducing.append((layout, result, work))
 
     def _settle(self, bucket: int) -> Tensor:
@@ -352,8 +358,9 @@ class TransientGrads(GradientStore):
 
     def _launch(self, layout: BucketLayout) -> None:
         full = self._buffer(layout)
-        out = full.new_empty(layout.shard_numel, dtype=self.options.dtype or full.dtype)
-        result, work = self._start_reduction(full, out)
+        dtype = self._wire_type(layout, full)
+        out = full.new_empty(layout.shard_numel, dtype=dtype)
+        result, work = self._start_reduction(full, out, dtype)
         # The full buffer stays referenced here until the collective has read it.
         self._reducing.append((layout, self._full.pop(layout.index), result, work))
         while len(self._reducing) > self.max_in_flight:

@@ -12,6 +12,7 @@ A home is given pieces of buckets and steps them. Three homes exist::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_zero_plugin.engine.buckets import BucketLayout, Piece
 from hf_zero_plugin.engine.gradients import GradientStore
 from hf_zero_plugin.engine.optimizers import UpdateRule
-from hf_zero_plugin.engine.piece_states import PieceStates
+from hf_zero_plugin.engine.piece_states import FP32, PieceStates, StateTypes
 
 if TYPE_CHECKING:
     from hf_zero_plugin.engine.timeline import Timeline
@@ -57,6 +58,7 @@ class Context(NamedTuple):
     """One rank: nothing to gather, and clearing the gradient of one's own pieces clears all of it."""
     groups: Sequence[dict[str, Any]]
     """The param groups, for the initial values of states."""
+    types: StateTypes = FP32
 
     def grad_of(self, piece: Piece) -> Tensor:
         return self.grads.part(piece.bucket, piece.start, piece.end)
@@ -86,7 +88,7 @@ class Home:
         self.last_piece_of_bucket = {piece.bucket: index for index, piece in enumerate(self.pieces)}
 
     def set_master(self, index: int, values: Tensor) -> None:
-        """Set the fp32 master of piece ``index`` and start its states afresh. ``values`` may be aliased."""
+        """Set the master of piece ``index`` from fp32 values and start its states afresh. ``values`` may be aliased."""
         raise NotImplementedError
 
     def step(self, inputs: StepInputs) -> None:
@@ -113,8 +115,16 @@ class Home:
         """Block until the masters and states can be read by the host."""
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """Master ("master") and states of a piece by name, fp32 (S,), plus 0-dim extras; call synchronize first."""
+        """Master ("master") and states of a piece by name, (S,) in the types of the context, plus 0-dim extras.
+
+        Call synchronize first.
+        """
         raise NotImplementedError
+
+    @contextmanager
+    def edit(self, index: int) -> Iterator[dict[str, Tensor]]:
+        """``tensors``, to be changed in place inside the context."""
+        yield self.tensors(index)
 
     def load(self, index: int, tensors: dict[str, Tensor]) -> None:
         for name, target in self.tensors(index).items():
@@ -138,11 +148,17 @@ class DeviceHome(Home):
 
     def __init__(self, context: Context, pieces: Sequence[Piece]) -> None:
         super().__init__(context, pieces)
-        self._states = PieceStates(context.rule, self.pieces)
+        self._states = PieceStates(context.rule, self.pieces, context.types)
         self._scratch: Tensor | None = None
 
     def set_master(self, index: int, values: Tensor) -> None:
-        self._states.start(index, values, self.context.groups[self.pieces[index].group])
+        piece = self.pieces[index]
+        if self.context.types.master != values.dtype:
+            weight, dtype = self.context.weight_of(piece), self.context.types.master
+            # Narrow masters of weights of their type are the weights, as fp32 weights are their own masters.
+            is_weight = weight.dtype == dtype and weight.device == self.context.device
+            values = weight if is_weight else values.to(dtype)
+        self._states.start(index, values, self.context.groups[piece.group])
 
     def step(self, inputs: StepInputs) -> None:
         number = torch.full((), float(inputs.number), device=self.context.device)
@@ -161,7 +177,7 @@ class DeviceHome(Home):
         assert master is not None
         if weight.device != master.device:  # offloaded weights of states that are kept on the device
             weight.copy_(master.view(-1).to(weight.dtype), non_blocking=True)
-        elif weight.data_ptr() != master.data_ptr():  # fp32 weights are their own masters
+        elif weight.data_ptr() != master.data_ptr():  # weights of the masters' type are their own masters
             weight.copy_(master.view(-1))
 
     def _widen(self, grad: Tensor) -> Tensor:
@@ -188,7 +204,9 @@ class DeviceHome(Home):
     def num_bytes(self) -> dict[str, int]:
         sizes = self._states.num_bytes()
         weights = [self.context.weights[piece.bucket] for piece in self.pieces]
-        if all(weight.dtype == torch.float32 and weight.device == self.context.device for weight in weights):
+        if all(
+            weight.dtype == self.context.types.master and weight.device == self.context.device for weight in weights
+        ):
             sizes["master weights"] = 0  # the weights themselves
         return sizes
 

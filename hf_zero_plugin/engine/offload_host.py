@@ -28,10 +28,12 @@ from hf_zero_plugin.engine.master_weights import Context, Home, StepInputs
 from hf_zero_plugin.engine.piece_states import PieceStates
 from hf_zero_plugin.engine.pinned import PinnedArena
 
-__all__ = ["HostHome"]
+__all__ = ["HostHome", "Job"]
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
+    """The update of one bucket."""
+
     bucket: int
     inputs: StepInputs
     number: Tensor
@@ -42,18 +44,20 @@ class HostHome(Home):
     """See the module. With ``threaded`` false the update runs inside ``step``: the reference for tests."""
 
     def __init__(
-        self, context: Context, pieces: Sequence[Piece], *, pin_memory: bool = True, threaded: bool = True
+        self,
+        context: Context,
+        pieces: Sequence[Piece],
+        *,
+        pin_memory: bool = True,
+        threaded: bool = True,
+        threads_share: float = 1.0,
     ) -> None:
         super().__init__(context, pieces)
         self._on_cuda = context.device.type == "cuda"
         self._pieces_of: dict[int, list[int]] = {}
         for index, piece in enumerate(self.pieces):
             self._pieces_of.setdefault(piece.bucket, []).append(index)
-        rows = 1 + len(context.rule.state_names)
-        # States are only touched by host cores: nothing to page-lock.
-        arena = PinnedArena(sum(piece.numel for piece in self.pieces) * rows, pin=False)
-        self._rows = [arena.take(piece.numel * rows).view(rows, -1) for piece in self.pieces]
-        self._states = PieceStates(context.rule, self.pieces)
+        self.place_states()
         longest = max((piece.numel for piece in self.pieces), default=0)
         self._scratch = torch.empty(longest)
         self._half_arenas: list[PinnedArena] = []
@@ -66,10 +70,19 @@ class HostHome(Home):
         self._uploaded: dict[int, torch.cuda.Event] = {}
         self._done = {bucket: threading.Event() for bucket in self._pieces_of}
         self._error: BaseException | None = None
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if threaded and self.pieces:
-            self._start_thread()
+            self._start_thread(max(1, int(threads_share * torch.get_num_threads())))
+
+    def place_states(self) -> None:
+        """Make room for masters and states."""
+        num_states, types = len(self.context.rule.state_names), self.context.types
+        each = types.bytes_per_element(num_states)
+        # Only host cores touch them: nothing to page-lock.
+        arena = PinnedArena(sum(piece.numel for piece in self.pieces) * each, pin=False, dtype=torch.uint8)
+        self._storage = [types.rows(arena.take(piece.numel * each), piece.numel, num_states) for piece in self.pieces]
+        self._states = PieceStates(self.context.rule, self.pieces, types)
 
     def _make_half_buffers(self, pin: bool) -> None:
         """One buffer per piece carries the gradient down and, once that is consumed, the weights up."""
@@ -79,12 +92,12 @@ class HostHome(Home):
             self._half_arenas.append(arena)
             self._half.update({i: arena.take(self.pieces[i].numel) for i in mine})
 
-    def _start_thread(self) -> None:
+    def _start_thread(self, num_threads: int) -> None:
         for done in self._done.values():
             done.set()
         # The thread must not keep its home alive, or destroying the engine would never end it.
         self._thread = threading.Thread(
-            target=_work, args=(weakref.ref(self), self._jobs, torch.get_num_threads()), name="hf-zero-host-optimizer"
+            target=_work, args=(weakref.ref(self), self._jobs, num_threads), name="hf-zero-host-optimizer"
         )
         self._thread.daemon = True
         self._thread.start()
@@ -92,7 +105,7 @@ class HostHome(Home):
         self._stop_thread = weakref.finalize(self, _stop, self._jobs, self._thread)
 
     def set_master(self, index: int, values: Tensor) -> None:
-        master, *storage = self._rows[index]
+        master, *storage = self._storage[index]
         master.copy_(values)
         self._states.start(index, master, self.context.groups[self.pieces[index].group], storage)
 
@@ -106,7 +119,7 @@ class HostHome(Home):
             if self._on_cuda:
                 self._start_download(bucket)
         for bucket in self._pieces_of:
-            job = _Job(bucket, inputs, number, multiplier)
+            job = Job(bucket, inputs, number, multiplier)
             if self._thread is None:
                 self.run(job)
             else:
@@ -120,7 +133,7 @@ class HostHome(Home):
                 self.context.clear_grad(self.pieces[index])
             self._grad_ready[bucket] = self._copies.record_event()
 
-    def run(self, job: _Job) -> None:
+    def run(self, job: Job) -> None:
         """Update one bucket; on the worker thread, or inline without one."""
         try:
             with torch.no_grad():
@@ -146,15 +159,14 @@ class HostHome(Home):
         finally:
             self._done[job.bucket].set()
 
-    def _update_piece(self, index: int, job: _Job) -> None:
+    def _update_piece(self, index: int, job: Job) -> None:
         piece = self.pieces[index]
-        master = self._rows[index][0]
         grad = self._half[index] if self._on_cuda else self.context.grad_of(piece)
         if grad.dtype != torch.float32 or self._on_cuda:
             grad = self._scratch[: piece.numel].copy_(grad)
         if job.multiplier is not None:
             grad.mul_(job.multiplier)
-        self._states.update(index, grad, job.inputs.groups[piece.group], job.number, None)
+        master = self.apply(index, grad, job)
         weight = self.context.weight_of(piece)
         if self._on_cuda:
             self._half[index].copy_(master)
@@ -162,6 +174,15 @@ class HostHome(Home):
                 weight.copy_(self._half[index], non_blocking=True)
         else:
             weight.copy_(master)
+        self.finish_piece(index)
+
+    def apply(self, index: int, grad: Tensor, job: Job) -> Tensor:
+        """Update a piece by its fp32 gradient; return the new master, readable until ``finish_piece``."""
+        self._states.update(index, grad, job.inputs.groups[self.pieces[index].group], job.number, None)
+        return self._storage[index][0]
+
+    def finish_piece(self, index: int) -> None:
+        """The master was read."""
 
     def wait(self, bucket: int) -> None:
         done = self._done.get(bucket)
@@ -198,8 +219,12 @@ class HostHome(Home):
 
     @property
     def num_bytes(self) -> dict[str, int]:
+        return {**self._states.num_bytes(), "buffers": self.buffer_bytes}
+
+    @property
+    def buffer_bytes(self) -> int:
         half = sum(buffer.numel() * buffer.element_size() for buffer in self._half.values())
-        return {**self._states.num_bytes(), "buffers": half + self._scratch.numel() * 4}
+        return half + self._scratch.numel() * 4
 
     @property
     def skips_on_device(self) -> bool:
@@ -210,13 +235,13 @@ class HostHome(Home):
         return True
 
 
-def _stop(jobs: queue.SimpleQueue[_Job | None], thread: threading.Thread) -> None:
+def _stop(jobs: queue.SimpleQueue[Job | None], thread: threading.Thread) -> None:
     jobs.put(None)
     if thread is not threading.current_thread():
         thread.join()
 
 
-def _work(home_ref: weakref.ref[HostHome], jobs: queue.SimpleQueue[_Job | None], num_threads: int) -> None:
+def _work(home_ref: weakref.ref[HostHome], jobs: queue.SimpleQueue[Job | None], num_threads: int) -> None:
     # A new thread has no thread count of its own until the first query; set before that, the count would be undone
     # by the first parallel call. See torch.get_num_threads.
     torch.get_num_threads()

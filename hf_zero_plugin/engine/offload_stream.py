@@ -43,8 +43,8 @@ __all__ = ["StreamedHome"]
 MAX_AHEAD_SHARE = 0.5
 """Of the states, how much is staged during a backward pass at most."""
 
-DOWNLOAD_NUMEL = 18 * 2**20
-"""Elements (fp32) between two chances for other streams' copies: 75 MB, a millisecond and a half."""
+DOWNLOAD_BYTES = 72 * 2**20
+"""Between two chances for other streams' copies: a millisecond and a half."""
 
 
 class _Leaving(NamedTuple):
@@ -64,9 +64,12 @@ class StreamedHome(Home):
         super().__init__(context, pieces)
         self._rows = 1 + len(context.rule.state_names)
         self._total = sum(piece.numel for piece in self.pieces)
-        self._arena = PinnedArena(self._total * self._rows, pin=pin_memory)
-        self._slabs = [self._arena.take(piece.numel * self._rows) for piece in self.pieces]
-        self._slab_parts = [slab.split(DOWNLOAD_NUMEL) for slab in self._slabs]
+        self._types = context.types
+        self._bytes_each = context.types.bytes_per_element(self._rows - 1)
+        """Of a master and its states. Slabs and buffers are bytes; ``_types.rows`` says what lies where in them."""
+        self._arena = PinnedArena(self._total * self._bytes_each, pin=pin_memory, dtype=torch.uint8)
+        self._slabs = [self._arena.take(piece.numel * self._bytes_each) for piece in self.pieces]
+        self._slab_parts = [slab.split(DOWNLOAD_BYTES) for slab in self._slabs]
         self._longest = max((piece.numel for piece in self.pieces), default=0)
         self._slots = [torch.cuda.Stream(context.device) for _ in range(min(num_slots, len(self.pieces)))]
         self._returns, self._gathers = (torch.cuda.Stream(context.device) for _ in range(2))
@@ -87,11 +90,11 @@ class StreamedHome(Home):
         self._alive: Any = None
 
     def set_master(self, index: int, values: Tensor) -> None:
-        slab = self._slabs[index].view(self._rows, -1)
-        slab[0].copy_(values)
+        master, *states = self._rows_of(self._slabs[index], self.pieces[index])
+        master.copy_(values)
         group = self.context.groups[self.pieces[index].group]
-        for row, name in enumerate(self.context.rule.state_names, start=1):
-            slab[row].fill_(self.context.rule.initial_state(name, group))
+        for name, state in zip(self.context.rule.state_names, states):
+            state.fill_(self.context.rule.initial_state(name, group))
         self.forget_prefetched()
 
     # ---------------------------------------------------------------- ahead of the step
@@ -112,11 +115,11 @@ class StreamedHome(Home):
             fresh: dict[int, Tensor] = {}
             for index in range(len(self._staged), self._max_ahead):
                 is_slots_own = index < len(self._slots)
-                numel = self._rows * (self._longest if is_slots_own else self.pieces[index].numel)
-                room -= 4 * numel
+                num_bytes = self._bytes_each * (self._longest if is_slots_own else self.pieces[index].numel)
+                room -= num_bytes
                 if room < 0 and not is_slots_own:
                     break
-                fresh[index] = torch.empty(numel, dtype=torch.float32, device=self.context.device)
+                fresh[index] = torch.empty(num_bytes, dtype=torch.uint8, device=self.context.device)
             self._stage(fresh)
         finally:
             torch.cuda.set_stream(before)
@@ -211,12 +214,16 @@ class StreamedHome(Home):
 
     def _update(self, index: int, buffer: Tensor, inputs: StepInputs, number: Tensor) -> None:
         piece = self.pieces[index]
-        master, *states = buffer[: self._rows * piece.numel].view(self._rows, -1).unbind(0)
+        kept = self._rows_of(buffer, piece)
+        master, *states = kept if self._types.are_wide else [row.float() for row in kept]
         wide = self._wide[index]
         self.context.widen_grad(piece, wide)
         if inputs.multiplier is not None:
             wide.mul_(inputs.multiplier)
         self.context.rule.update(master, wide, states, inputs.groups[piece.group], number, inputs.found_inf)
+        for narrow, updated in zip(kept, (master, *states)):
+            if narrow is not updated:
+                narrow.copy_(updated)
         weight = self.context.weight_of(piece)
         if weight.device == master.device:
             weight.copy_(master)
@@ -230,7 +237,7 @@ class StreamedHome(Home):
 
     def _download(self, index: int, buffer: Tensor) -> None:
         image = buffer[: self._slabs[index].numel()]
-        for host, device in zip(self._slab_parts[index], image.split(DOWNLOAD_NUMEL)):
+        for host, device in zip(self._slab_parts[index], image.split(DOWNLOAD_BYTES)):
             host.copy_(device, non_blocking=True)
             self._tick.zero_()
 
@@ -264,7 +271,10 @@ class StreamedHome(Home):
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         names = ("master", *self.context.rule.state_names)
-        return dict(zip(names, self._slabs[index].view(self._rows, -1)))
+        return dict(zip(names, self._rows_of(self._slabs[index], self.pieces[index])))
+
+    def _rows_of(self, memory: Tensor, piece: Piece) -> list[Tensor]:
+        return self._types.rows(memory, piece.numel, self._rows - 1)
 
     def load(self, index: int, tensors: dict[str, Tensor]) -> None:
         super().load(index, tensors)
@@ -277,16 +287,17 @@ class StreamedHome(Home):
 
     @property
     def num_bytes(self) -> dict[str, int]:
-        return {"master weights": 4 * self._total, "moments": 4 * self._total * (self._rows - 1)}
+        moments = self._total * (self._rows - 1) * self._types.states.itemsize
+        return {"master weights": self._total * self._types.master.itemsize, "moments": moments}
 
     def _staging_bytes(self) -> int:
         buffers = [*self._staged.values(), *(leaving.buffer for leaving in self._leaving)]
-        return 4 * (self._longest * len(self._slots) + sum(buffer.numel() for buffer in buffers))
+        return 4 * self._longest * len(self._slots) + sum(buffer.numel() for buffer in buffers)
 
     @property
     def staging_bytes(self) -> int:
         """The most that buffers have taken so far; before the first step, the least that they will."""
-        return max(self._peak_staging, 4 * self._longest * (1 + self._rows) * len(self._slots))
+        return max(self._peak_staging, self._longest * (4 + self._bytes_each) * len(self._slots))
 
     @property
     def is_on_host(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,15 +11,67 @@ from torch import Tensor
 from hf_zero_plugin.engine.buckets import Piece
 from hf_zero_plugin.engine.optimizers import TorchRule, UpdateRule
 
-__all__ = ["PieceStates"]
+__all__ = ["FP32", "PieceStates", "StateTypes", "update_rows"]
+
+
+class StateTypes(NamedTuple):
+    """Types in which masters and states rest between steps. Arithmetic is fp32 whatever they are."""
+
+    master: torch.dtype = torch.float32
+    states: torch.dtype = torch.float32
+
+    @property
+    def are_wide(self) -> bool:
+        return self.master == self.states == torch.float32
+
+    def bytes_per_element(self, num_states: int) -> int:
+        return self.master.itemsize + num_states * self.states.itemsize
+
+    def rows(self, memory: Tensor, numel: int, num_states: int) -> list[Tensor]:
+        """Cut ``memory``, bytes, into the master and ``num_states`` states of ``numel`` elements each."""
+        if self.master == self.states:
+            return list(
+                memory[: numel * self.bytes_per_element(num_states)].view(self.master).view(-1, numel).unbind(0)
+            )
+        size = numel * self.master.itemsize
+        states = memory[size : numel * self.bytes_per_element(num_states)].view(self.states)
+        return [memory[:size].view(self.master), *states.view(num_states, numel).unbind(0)]
+
+
+FP32 = StateTypes()
+
+
+def update_rows(
+    rule: UpdateRule,
+    types: StateTypes,
+    rows: Sequence[Tensor],
+    grad: Tensor,
+    group: Mapping[str, Any],
+    number: Tensor,
+    found_inf: Tensor | None,
+) -> None:
+    """Apply one step to a master and its states, ``rows``, in place."""
+    if types.are_wide:
+        rule.update(rows[0], grad, rows[1:], group, number, found_inf)
+        return
+    wide = [row.float() for row in rows]
+    rule.update(wide[0], grad.view_as(wide[0]), wide[1:], group, number, found_inf)
+    for narrow, updated in zip(rows, wide):
+        if narrow is not updated:
+            narrow.copy_(updated)
 
 
 class PieceStates:
-    """States of an ``UpdateRule`` as plain tensors, or one torch optimizer per piece for a ``TorchRule``."""
+    """States of an ``UpdateRule`` as plain tensors, or one torch optimizer per piece for a ``TorchRule``.
 
-    def __init__(self, rule: UpdateRule, pieces: Sequence[Piece]) -> None:
+    Narrow masters or states are widened for the update of a piece and rounded to nearest after it, which costs fp32
+    copies of one piece for as long as it takes.
+    """
+
+    def __init__(self, rule: UpdateRule, pieces: Sequence[Piece], types: StateTypes = FP32) -> None:
         self.rule = rule
         self.pieces = pieces
+        self.types = types
         self.masters: list[Tensor | None] = [None] * len(pieces)
         self._states: list[list[Tensor]] = [[] for _ in pieces]
         self._optimizers: dict[int, torch.optim.Optimizer] = {}
@@ -35,7 +87,9 @@ class PieceStates:
             self._optimizers[index] = self.rule.make(master, group)
             return
         names = self.rule.state_names
-        states = list(storage) if storage is not None else [torch.empty_like(master) for _ in names]
+        states = (
+            list(storage) if storage is not None else [torch.empty_like(master, dtype=self.types.states) for _ in names]
+        )
         for name, state in zip(names, states):
             state.fill_(self.rule.initial_state(name, group))
         self._states[index] = states
@@ -49,7 +103,7 @@ class PieceStates:
         if index in self._optimizers:
             TorchRule.step(self._optimizers[index], grad.view_as(master), group)
         else:
-            self.rule.update(master, grad, self._states[index], group, number, found_inf)
+            update_rows(self.rule, self.types, [master, *self._states[index]], grad, group, number, found_inf)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """ "master" and every state tensor by name."""

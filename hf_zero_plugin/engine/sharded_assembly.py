@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_zero_plugin.config.settings import EngineSettings
+from hf_zero_plugin.config.settings import EngineSettings, Stage3Settings
 from hf_zero_plugin.engine import assembly
 from hf_zero_plugin.engine.assembly import BUCKET_NUMEL, DTYPES, Assembly
 from hf_zero_plugin.engine.buckets import (
@@ -78,7 +78,7 @@ def assemble_sharded(
         rule, parts.optimizer, client_steps = assembly.choose_optimizer(settings, param_groups, client)
     groups = parts.optimizer.param_groups if parts.optimizer is not None else []
     name_sharded(groups, module)
-    cut = _names_to_cut(module, settings.stage3.param_persistence_threshold)
+    cut = _names_to_cut(module, settings.stage3)
     units = _units(module, settings)
     plan = _plan(module, groups, cut, units, compute, parts, settings)
     originals = {name: param for name, param in module.named_parameters() if name in cut}
@@ -131,21 +131,27 @@ def assemble_sharded(
     return parts
 
 
-def _names_to_cut(module: nn.Module, threshold: int) -> set[str]:
-    """Parameters for FSDP2. Small ones stay whole, and so do those that it cannot cut."""
+def _names_to_cut(module: nn.Module, settings: Stage3Settings) -> set[str]:
+    """Parameters for FSDP2. Small ones stay whole, up to a limit for all of them; so do those that it cannot cut."""
     if is_sharded(module):
         return {item.name for item in sharded_params(module)}
-    return {
-        name
-        for name, param in module.named_parameters()
-        if param.numel() > threshold and param.ndim > 0 and param.is_floating_point()
-    }
+    cut: set[str] = set()
+    room = settings.model_persistence_threshold
+    for name, param in module.named_parameters():
+        numel = param.numel()
+        if param.ndim == 0 or not param.is_floating_point():
+            continue
+        if numel > settings.param_persistence_threshold or numel > room:
+            cut.add(name)
+        else:
+            room -= numel
+    return cut
 
 
 def _units(module: nn.Module, settings: EngineSettings) -> list[nn.Module]:
     if is_sharded(module):
         return [unit for unit in fsdp_modules(module) if unit is not module]  # type: ignore[misc]
-    return find_units(module, settings.stage3.leaf_module_classes)
+    return find_units(module, settings.stage3)
 
 
 def _root_first(specs: Sequence[ParamSpec], module: nn.Module, units: Sequence[nn.Module]) -> list[ParamSpec]:

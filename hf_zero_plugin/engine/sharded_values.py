@@ -145,8 +145,9 @@ class Fill:
         for home, index, piece in pieces:
             start, end = max(piece.start, slot.start), min(piece.end, slot.end)
             if start < end:
-                master = home.tensors(index)["master"].view(-1)
-                master[start - piece.start : end - piece.start].copy_(rows[start - slot.start : end - slot.start])
+                with home.edit(index) as tensors:
+                    master = tensors["master"].view(-1)[start - piece.start : end - piece.start]
+                    master.copy_(rows[start - slot.start : end - slot.start])
         if isinstance(source, nn.Parameter) and not source.is_meta:
             source.data = source.data.new_empty(0)
 

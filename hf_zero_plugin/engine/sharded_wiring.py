@@ -7,6 +7,7 @@
     1      host         device, or host if large  LoneGrads          device, or host and streamed through the device
     1      host         host                      LoneGrads          host, "step_on": "host": a host thread
     N      either       where weights are         ShardedGrads       where weights are
+    any    either       where weights are         either             NVMe, "device": "nvme": host cores
 
 Whole parameters, which are small, go the way of stage 1 with states on the device.
 """
@@ -30,6 +31,7 @@ from hf_zero_plugin.engine.gradients import ReduceOptions, ResidentGrads
 from hf_zero_plugin.engine.lone_grads import LoneGrads
 from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home, MasterWeights
 from hf_zero_plugin.engine.offload_host import HostHome
+from hf_zero_plugin.engine.offload_nvme import NvmeHome
 from hf_zero_plugin.engine.optimizers import TorchRule, UpdateRule
 from hf_zero_plugin.engine.readiness import Doors
 from hf_zero_plugin.engine.sharded_grads import ShardedGrads, Stage3Grads
@@ -110,8 +112,7 @@ def _make_grads(
 ) -> Stage3Grads:
     assert parts.weights is not None and parts.shards is not None
     sharding = parts.sharding
-    wanted = settings.grad_accum_dtype or ("fp32" if settings.precision == "bf16" else settings.precision)
-    accumulate_fp32 = wanted == "fp32" and settings.precision != "fp32"
+    accumulate_fp32 = assembly.accumulates_in_fp32(settings)
     num_whole = sum(len(layout.slots) for layout in plan.whole)
     whole = None
     if plan.whole:
@@ -168,6 +169,7 @@ def _streams(parts: Assembly, settings: EngineSettings, rule: UpdateRule, client
         and rule.elementwise
         and not isinstance(rule, TorchRule)
         and settings.offload_optimizer.step_on != "host"
+        and settings.offload_optimizer.device != "nvme"
     )
 
 
@@ -193,13 +195,17 @@ def _make_homes(
         device=parts.device,
         is_alone=parts.sharding.world_size == 1,
         groups=parts.optimizer.param_groups,
+        types=assembly.state_types(settings, rule, client),
     )
     sharded = whole._replace(finish_bucket=lambda bucket, owner: None, device=home, is_alone=True)
+    offload = settings.offload_optimizer
+    if offload.device == "nvme":
+        assembly.refuse_own_states_on_nvme(rule, client)
     if client is not None:
         assembly.refuse_cut_parameters(rule, client, parts.sharding)
         pieces = [piece for layout in parts.layouts for piece in cut_whole_parameters(layout)]
         indices = [slot.spec.index for layout in parts.layouts for slot in layout.slots]
-        states = torch.device("cpu") if settings.offload_optimizer.device == "cpu" else home
+        states = torch.device("cpu") if offload.device == "cpu" else home
         return [ClientHome(sharded, pieces, client, parts.params, indices, states)]
     device_home = DeviceHome(whole, list(_cut(plan.whole, rule, parts)))
     if home == parts.device:
@@ -207,15 +213,21 @@ def _make_homes(
     if _streams(parts, settings, rule, client, home):
         on_device = sharded._replace(device=parts.device)
         return [device_home, *assembly.make_homes(parts, settings, on_device, None, plan.sharded)]
-    threaded = parts.device.type == "cuda" or settings.offload_optimizer.step_on == "host"
-    return [device_home, HostHome(sharded, list(_cut(plan.sharded, rule, parts)), pin_memory=False, threaded=threaded)]
+    threaded = parts.device.type == "cuda" or offload.step_on == "host"
+    if offload.device == "nvme":
+        cut = list(_cut(plan.sharded, rule, parts, assembly.STREAM_PIECE_NUMEL))
+        return [device_home, NvmeHome(sharded, cut, offload, settings.aio, threaded=threaded)]
+    pieces, share = list(_cut(plan.sharded, rule, parts)), offload.host_threads_share
+    return [device_home, HostHome(sharded, pieces, pin_memory=False, threaded=threaded, threads_share=share)]
 
 
-def _cut(layouts: Sequence[BucketLayout], rule: UpdateRule, parts: Assembly) -> Iterator[Piece]:
+def _cut(
+    layouts: Sequence[BucketLayout], rule: UpdateRule, parts: Assembly, max_numel: int | None = None
+) -> Iterator[Piece]:
     if not rule.elementwise:
         assembly.refuse_cut_parameters(rule, None, parts.sharding)
     for layout in layouts:
         if rule.elementwise:
-            yield from cut_pieces(layout, parts.sharding.shard_of(layout))
+            yield from cut_pieces(layout, parts.sharding.shard_of(layout), max_numel=max_numel)
         else:
             yield from cut_whole_parameters(layout)

@@ -18,6 +18,7 @@ from hf_zero_plugin.engine.registry import engines_of
 
 if TYPE_CHECKING:
     from hf_zero_plugin.engine.engine import ZeroEngine
+    from hf_zero_plugin.engine.master_weights import Home
 
 __all__ = ["full_grad", "full_state", "local_grad", "local_state", "set_full_state", "set_local_state"]
 
@@ -33,16 +34,29 @@ def _find(param: nn.Parameter) -> tuple[ZeroEngine, BucketLayout, Slot] | None:
 
 
 def _slices(engine: ZeroEngine, layout: BucketLayout, slot: Slot, kind: str) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield (start, end, tensor) of this rank's parts of a state, in elements of the parameter."""
+    """Yield (start, end, tensor) of this rank's parts of a state, in elements of the parameter; to be read only."""
+    for home, index, start, end, part in _places(engine, layout, slot):
+        tensors = home.tensors(index)
+        if kind in tensors:
+            yield start, end, tensors[kind].reshape(-1)[part]
+
+
+def _editable(engine: ZeroEngine, layout: BucketLayout, slot: Slot, kind: str) -> Iterator[tuple[int, int, Tensor]]:
+    """As ``_slices``, to be changed in place before the next one is asked for."""
+    for home, index, start, end, part in _places(engine, layout, slot):
+        with home.edit(index) as tensors:
+            if kind in tensors:
+                yield start, end, tensors[kind].view(-1)[part]
+
+
+def _places(engine: ZeroEngine, layout: BucketLayout, slot: Slot) -> Iterator[tuple[Home, int, int, int, slice]]:
+    """Yield (home, index of the piece, start, end, what of the piece) of this rank's parts of a parameter."""
     assert engine.parts.masters is not None
     for home, index, piece in engine.parts.masters.pieces():
         start, end = max(piece.start, slot.start), min(piece.end, slot.end)
         if piece.bucket == layout.index and start < end:
-            tensors = home.tensors(index)
-            if kind in tensors:
-                flat = tensors[kind].reshape(-1)
-                first = slot.spec.offset - slot.start
-                yield start + first, end + first, flat[start - piece.start : end - piece.start]
+            first = slot.spec.offset - slot.start
+            yield home, index, start + first, end + first, slice(start - piece.start, end - piece.start)
 
 
 def local_state(param: nn.Parameter, kind: str) -> Tensor | None:
@@ -53,7 +67,7 @@ def local_state(param: nn.Parameter, kind: str) -> Tensor | None:
     engine, layout, slot = found
     engine.synchronize()
     parts = [tensor for _, _, tensor in _slices(engine, layout, slot, kind)]
-    return torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat(parts).float() if parts else torch.empty(0)
 
 
 def full_state(param: nn.Parameter, kind: str) -> Tensor | None:
@@ -78,7 +92,7 @@ def set_local_state(param: nn.Parameter, value: Tensor, kind: str) -> None:
     engine, layout, slot = found
     engine.synchronize()
     offset = 0
-    for start, end, tensor in _slices(engine, layout, slot, kind):
+    for start, end, tensor in _editable(engine, layout, slot, kind):
         tensor.copy_(value.reshape(-1)[offset : offset + end - start])
         offset += end - start
     _publish(engine, kind)
@@ -91,7 +105,7 @@ def set_full_state(param: nn.Parameter, value: Tensor, kind: str) -> None:
         return
     engine, layout, slot = found
     engine.synchronize()
-    for start, end, tensor in _slices(engine, layout, slot, kind):
+    for start, end, tensor in _editable(engine, layout, slot, kind):
         tensor.copy_(value.reshape(-1)[start:end])
     _publish(engine, kind)
 

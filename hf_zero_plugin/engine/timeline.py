@@ -21,7 +21,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import logging
 import os
 import threading
 import time
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from hf_zero_plugin.engine.assembly import Assembly
 
 __all__ = ["TRACE_VARIABLE", "Mark", "Timed", "Timeline"]
-
-logger = logging.getLogger("hf_zero_plugin")
 
 TRACE_VARIABLE = "HF_ZERO_TRACE"
 """Environment variable: where to write a chrome trace (chrome://tracing, ui.perfetto.dev) when the engine ends."""
@@ -263,19 +260,3 @@ class Timed:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(self.timeline.chrome_trace(self.global_rank)), encoding="utf-8")
         return target
-
-    def _log_breakdown(self) -> None:
-        report = self.last_step_report()
-        if report:
-            shown = ", ".join(f"{name.removesuffix('_ms')} {ms:.1f} ms" for name, ms in report.items() if "_ms" in name)
-            hidden = f", hidden {report['hidden_share']:.0%}" if "hidden_share" in report else ""
-            logger.info("%s%s", shown, hidden)
-
-
-def describe_memory(report: dict[str, dict[str, int]]) -> str:
-    """``device: weights 1.2 MiB, gradients ...; host: ...`` of an engine's memory_report."""
-    return "; ".join(
-        f"{place}: " + ", ".join(f"{kind} {size / 2**20:,.1f} MiB" for kind, size in kinds.items() if size)
-        for place, kinds in report.items()
-        if any(kinds.values())
-    )

@@ -27,6 +27,7 @@ def prepare_arguments(args: TrainingArguments, config: str | dict[str, Any]) -> 
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     from hf_zero_plugin.integration.comm import describe_single_process
+    from hf_zero_plugin.integration.use_cpu import hide_gpus_instead_of_use_cpu
 
     if args.deepspeed:
         if args.deepspeed != config:
@@ -48,6 +49,7 @@ def prepare_arguments(args: TrainingArguments, config: str | dict[str, Any]) -> 
         )
     args.deepspeed = config
     try:
+        args.use_cpu = hide_gpus_instead_of_use_cpu() or args.use_cpu
         describe_single_process()
         # Computed once and kept: the device and the process group were chosen for training without an engine.
         for name in [name for name in vars(args) if name.endswith("_setup_devices")]:

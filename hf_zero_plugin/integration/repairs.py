@@ -121,9 +121,10 @@ def repair_training_args(module: ModuleType) -> None:
 
     Mends: with two visible GPUs and no launcher the Trainer takes DataParallel and never reaches the engine; an
     earlier Accelerator leaves ACCELERATE_USE_DEEPSPEED in the environment, and arguments without ``deepspeed`` then
-    train under an empty stage 2 config.
+    train under an empty stage 2 config; ACCELERATE_USE_CPU makes ``deepspeed`` mean nothing, silently.
     """
     from hf_zero_plugin.integration.comm import describe_single_process
+    from hf_zero_plugin.integration.use_cpu import hide_gpus_instead_of_use_cpu
 
     cls = module.TrainingArguments
     post_init = cls.__post_init__
@@ -131,6 +132,8 @@ def repair_training_args(module: ModuleType) -> None:
     @functools.wraps(post_init)
     def __post_init__(self: Any) -> None:
         if self.deepspeed:
+            # A CUDA context may exist already, and would still show its GPUs: say it to the Trainer as well.
+            self.use_cpu = hide_gpus_instead_of_use_cpu() or self.use_cpu
             describe_single_process()
         elif _set_by_launcher is None:
             os.environ.pop(_DEEPSPEED_VARIABLE, None)
@@ -173,14 +176,19 @@ def repair_trainer(module: ModuleType) -> None:
 
 
 def repair_accelerate_plugin(module: ModuleType) -> None:
-    """accelerate's DeepSpeedPlugin without a Trainer: a process group for a lone process, the optimizer as given."""
+    """accelerate's DeepSpeedPlugin without a Trainer: a process group for a lone process, the optimizer as given.
+
+    Mends too: ACCELERATE_USE_CPU makes the plugin mean nothing, silently.
+    """
     from hf_zero_plugin.integration.comm import describe_single_process
+    from hf_zero_plugin.integration.use_cpu import hide_gpus_instead_of_use_cpu
 
     cls = module.DeepSpeedPlugin
     post_init = cls.__post_init__
 
     @functools.wraps(post_init)
     def __post_init__(self: Any) -> None:
+        hide_gpus_instead_of_use_cpu()
         describe_single_process()
         post_init(self)
         self.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -116,6 +116,21 @@ def test_signal_that_ended_a_rank_is_kept(run: Run, script: Script) -> None:
     assert "rank 0 was ended by SIGKILL" in done.stderr
 
 
+@pytest.mark.parametrize("code", [1, 3])
+def test_the_rank_that_failed_by_itself_is_reported_not_one_that_was_ended(run: Run, script: Script, code: int) -> None:
+    """The other rank is sent SIGTERM within the same second, and dies of it."""
+    source = READY + (
+        "import sys, time\n"
+        "while not all(pathlib.Path(f'ready{r}').exists() for r in range(2)): time.sleep(0.01)\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    time.sleep(60)\n"
+        f"sys.exit({code})\n"
+    )
+    done = run("run", "--num_gpus", "2", script(source))
+    assert done.returncode == code, done.stderr
+    assert f"rank 1 exited with code {code}" in done.stderr
+
+
 def test_exit_code_in_place_is_the_scripts(run: Run, script: Script) -> None:
     assert run("run", script("raise SystemExit(5)")).returncode == 5
     failed = run("run", script("1 / 0"))
@@ -153,6 +168,7 @@ def test_ctrl_c_ends_every_rank(start: Start, script: Script, tmp_path: Path) ->
     said = launcher.stderr.read() if launcher.stderr else ""
     assert "interrupted" in said
     assert "Traceback" not in said
+    assert "torch/distributed" not in said  # torchrun says nothing of its own
 
 
 def test_ctrl_c_in_place(start: Start, script: Script, tmp_path: Path) -> None:

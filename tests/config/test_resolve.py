@@ -283,6 +283,7 @@ def test_a_dict_that_accelerate_has_written_resolves() -> None:
         }
     )
     assert (settings.precision, settings.steps_per_print, settings.communication_dtype) == ("fp16", None, "fp32")
+    assert settings.cast_inputs
 
 
 def test_a_dict_with_autos_left_names_every_one_of_them() -> None:
@@ -547,3 +548,90 @@ def test_default_facts_are_those_of_transformers() -> None:
         if field.name in theirs and theirs[field.name] is not None:
             default = theirs[field.name]
             assert field.default == getattr(default, "value", default), field.name
+
+
+# ---------------------------------------------------------------- number formats
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"fp16": {"enabled": True, "auto_cast": True}}, {"precision": "fp16", "cast_inputs": True}),
+        ({"fp16": {"auto_cast": True}}, {"precision": "fp32", "cast_inputs": False}),
+        ({"data_types": {"param_dtype": "bf16"}}, {"precision": "bf16", "loss_scale": None}),
+        ({"bf16": {"enabled": True}, "data_types": {"param_dtype": "bf16"}}, {"precision": "bf16"}),
+        (
+            {"torch_autocast": {"enabled": True}, "data_types": {"param_dtype": "bfloat16"}},
+            {"precision": "bf16", "autocast": "bf16"},
+        ),
+        (
+            {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
+            {"master_dtype": "bf16", "optimizer_state_dtype": "bf16"},
+        ),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, {"precision": "fp32", "master_dtype": "fp32"}),
+        (
+            {"bf16": {"enabled": True}, "optimizer": {"type": "Adam", "params": {"fp32_optimizer_states": False}}},
+            {"master_dtype": "fp32", "optimizer_state_dtype": "bf16"},
+        ),
+        ({"fp16": {"enabled": True}, "bf16": {"check_grad_overflow": False}}, {"check_grad_overflow": True}),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, {"check_grad_overflow": False}),
+        (
+            {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["torch.nn.Linear"]}},
+            {"lower_precision_safe_modules": ("torch.nn.Linear",)},
+        ),
+        ({"torch_autocast": {"lower_precision_safe_modules": ["x"]}}, {"lower_precision_safe_modules": ()}),
+    ],
+)
+def test_number_formats_become_settings(config: dict[str, Any], expected: dict[str, Any]) -> None:
+    settings = resolve_dict(config)
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [
+        ({"fp16": {"enabled": True}, "data_types": {"param_dtype": "bf16"}}, "$.data_types.param_dtype"),
+        ({"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp32"}}, "$.data_types.param_dtype"),
+        (
+            {"fp16": {"enabled": True}, "optimizer": {"type": "Adam", "params": {"fp32_optimizer_states": False}}},
+            "$.optimizer.params.fp32_optimizer_states",
+        ),
+    ],
+)
+def test_number_formats_that_contradict_each_other_are_refused(config: dict[str, Any], path: str) -> None:
+    with pytest.raises(ConfigProblems) as caught:
+        resolve_dict(config)
+    assert [problem.path for problem in caught.value.problems] == [path]
+
+
+def test_reports_and_profiler_become_settings() -> None:
+    settings = resolve_dict(
+        {
+            "log_level": "WARNING",
+            "timers": {"throughput": {"enabled": False}},
+            "flops_profiler": {"enabled": True, "profile_step": 3, "top_modules": 2, "output_file": "x"},
+        }
+    )
+    assert (settings.log_level, settings.throughput) == ("warning", False)
+    assert settings.flops_profiler is not None
+    assert (settings.flops_profiler.profile_step, settings.flops_profiler.output_file) == (3, "x")
+    assert resolve_dict({}).flops_profiler is None
+
+
+def test_share_of_host_threads_counts_only_when_written() -> None:
+    offload = {"device": "cpu", "step_on": "host"}
+    assert resolve_dict({"zero_optimization": {"offload_optimizer": offload}}).offload_optimizer.host_threads_share == 1
+    given = {"zero_optimization": {"offload_optimizer": {**offload, "cpuadam_cores_perc": 0.5}}}
+    assert resolve_dict(given).offload_optimizer.host_threads_share == 0.5
+
+
+def test_nvme_needs_a_path_and_its_keys_become_settings() -> None:
+    offload: dict[str, Any] = {"device": "nvme", "buffer_count": 5, "pipeline_read": True}
+    with pytest.raises(ConfigProblems, match="nvme_path: the key is missing"):
+        resolve_dict({"zero_optimization": {"stage": 2, "offload_optimizer": offload}})
+    offload["nvme_path"] = "/disk"
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": offload}, "aio": {"queue_depth": 16}}
+    settings = resolve_dict(config)
+    where = settings.offload_optimizer
+    assert (where.device, where.nvme_path, where.buffer_count, where.pipeline_read) == ("nvme", "/disk", 5, True)
+    assert (settings.aio.queue_depth, settings.aio.block_size) == (16, 1_048_576)

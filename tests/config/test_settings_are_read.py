@@ -10,14 +10,6 @@ from hf_zero_plugin.config import settings as settings_module
 
 PACKAGE = Path(settings_module.__file__).resolve().parents[1]
 
-NOT_READ = {
-    # NVMe is refused by the configuration until it is built; so nothing reads these.
-    "nvme_path",
-    "buffer_count",
-    "pipeline_read",
-    "pipeline_write",
-}
-
 
 def setting_names() -> set[str]:
     classes = [item for item in vars(settings_module).values() if dataclasses.is_dataclass(item)]
@@ -36,5 +28,5 @@ def names_read_outside_config() -> set[str]:
 
 
 def test_every_setting_is_read_by_somebody() -> None:
-    unread = setting_names() - names_read_outside_config() - NOT_READ
+    unread = setting_names() - names_read_outside_config()
     assert not unread, f"nothing reads {sorted(unread)}: call their keys inert, or read them"

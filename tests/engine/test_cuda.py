@@ -7,6 +7,7 @@ pass overtakes the update by far: one missing wait and the weights differ.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +53,12 @@ def _groups(model: nn.Module) -> list[dict]:
 
 
 def _engine(
-    precision: str, device: str, step_on: str = "auto", optimizer: str = "AdamW", **offload: object
+    precision: str,
+    device: str,
+    step_on: str = "auto",
+    optimizer: str = "AdamW",
+    types: dict[str, str] | None = None,
+    **offload: object,
 ) -> ZeroEngine:
     settings = EngineSettings(
         stage=2,
@@ -61,6 +67,7 @@ def _engine(
         gradient_clipping=0.7,
         optimizer=OptimizerSettings(type=optimizer, params={"lr": 1e-2}),
         offload_optimizer=OffloadOptimizerSettings(device=device, step_on=step_on, **offload),  # type: ignore[arg-type]
+        **(types or {}),  # type: ignore[arg-type]
     )
     model = Wide()
     return ZeroEngine(model, settings, device=torch.device("cuda"), param_groups=_groups(model))
@@ -162,6 +169,29 @@ def test_ratio_changes_nothing(ratio: float) -> None:
     assert split.memory_report()["device"].get("moments", 0) > 0
     whole.destroy()
     split.destroy()
+
+
+@pytest.mark.parametrize(("master", "state"), [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
+def test_narrow_masters_and_states_stream_too(master: str, state: str) -> None:
+    types = {"master_dtype": master, "optimizer_state_dtype": state}
+    resident, streamed = _engine("bf16", "none", types=types), _engine("bf16", "cpu", types=types)
+    assert _train(resident, 6) == _train(streamed, 6)
+    for a, b in zip(_weights(resident), _weights(streamed)):
+        assert torch.equal(a, b)
+    each = {"bf16": 2, "fp32": 4}
+    host = streamed.memory_report()["host"]
+    assert host["moments"] / host["master weights"] == 2 * each[state] / each[master]
+    streamed.destroy()
+
+
+def test_states_on_nvme_equal_states_in_host_memory(tmp_path: Path) -> None:
+    on_disk = {"nvme_path": str(tmp_path), "pipeline_read": True, "pipeline_write": True}
+    memory, disk = _engine("bf16", "cpu", "host"), _engine("bf16", "nvme", **on_disk)
+    assert _train(memory, 6) == _train(disk, 6)
+    for a, b in zip(_weights(memory), _weights(disk)):
+        assert torch.equal(a, b)
+    memory.destroy()
+    disk.destroy()
 
 
 @pytest.mark.parametrize("optimizer", ["Lion", "Adagrad", "SGD"])

@@ -85,6 +85,28 @@ def _mean_on_fp32_wire(grad: Tensor) -> None:
     grad.copy_(wide)
 
 
+SAFE = ("torch.nn.Linear",)
+
+
+def _safe_by_hand() -> Outcome:
+    """Autocast in bf16; gradients of linear layers are averaged in bf16, the others in fp32."""
+    model = Tiny()
+    narrow = {id(p) for layer in (model.first, model.last) for p in layer.parameters()}
+    optimizer = torch.optim.AdamW(decay_groups(model), **ADAMW, fused=True)  # type: ignore[arg-type]
+    for step in range(STEPS):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(batch(step, dist.get_rank()))
+        out.float().square().mean().backward()
+        for param in model.parameters():
+            assert param.grad is not None
+            wire = (param.grad * 0.5).to(torch.bfloat16 if id(param) in narrow else torch.float32)
+            dist.all_reduce(wire)
+            param.grad.copy_(wire)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"weights": weights(model)}
+
+
 class Uneven(nn.Module):
     """Rank 0 takes one branch, rank 1 the other; a third is never taken."""
 
@@ -214,12 +236,17 @@ def _needing_grad(step: int, micro: int) -> Tensor:
 
 def _everything() -> dict[Any, Any]:
     assembly.BUCKET_NUMEL = 256
+    options: dict[str, Any]
     results: dict[Any, Any] = {"ddp": _ddp(0.0), "ddp clip": _ddp(0.5), "ddp micro": _ddp(0.0, 2)}
     results["bf16 by hand"] = _half(_mean_in_bf16)
     results["bf16 on fp32 wire by hand"] = _half(_mean_on_fp32_wire)
+    results["safe by hand"] = _safe_by_hand()
     for stage in (0, 1, 2):
+        for name, modules in (("safe", SAFE), ("nothing safe", ())):
+            options = {"stage": stage, "autocast": "bf16", "lower_precision_safe_modules": modules}
+            results[name, stage] = _train(make_engine(Tiny(), gradient_clipping=0.0, **options))
         for offload in OFFLOADS:
-            options: dict[str, Any] = {"stage": stage, "offload": offload}
+            options = {"stage": stage, "offload": offload}
             results["plain", stage, offload] = _train(make_engine(Tiny(), gradient_clipping=0.0, **options))
             results["clip", stage, offload] = _train(make_engine(Tiny(), gradient_clipping=0.5, **options))
             micro = make_engine(Tiny(), gradient_clipping=0.0, gradient_accumulation_steps=2, **options)
@@ -357,6 +384,15 @@ def test_predivision_sums_and_missing_overlap_change_only_the_order(ranks: Ranks
     plain = ranks[0]["plain", stage, "none"]["weights"]
     _close(ranks[0]["predivide", stage]["weights"], plain)
     _same(ranks[0]["no overlap", stage]["weights"], plain)
+
+
+@STAGES
+def test_gradients_of_safe_modules_travel_in_low_precision(ranks: Ranks, stage: int) -> None:
+    """To the bit, and not what fp32 on the wire gives."""
+    for rank in ranks:
+        ours = rank["safe", stage]["weights"]
+        _same(ours, rank["safe by hand"]["weights"])
+        assert any(not torch.equal(w, rank["nothing safe", stage]["weights"][n]) for n, w in ours.items())
 
 
 @STAGES

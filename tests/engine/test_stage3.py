@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_zero_plugin.engine.fsdp import find_units, fsdp_modules
+from hf_zero_plugin.config.settings import Stage3Settings
+from hf_zero_plugin.engine.fsdp import _num_kept, find_units, fsdp_modules
+from hf_zero_plugin.engine.sharded_assembly import _names_to_cut
 from hf_zero_plugin.engine.shards import span_of
 from hf_zero_plugin.errors import CollectiveError, HfZeroError
 from hf_zero_plugin.integration.sharded_init import Init
@@ -446,5 +448,37 @@ def test_leaf_modules_are_units() -> None:
     model = Net()
     assert set_z3_leaf_modules(model, ["Linear"])[0] is model.layers[0].up
     assert model.idle in find_units(model)
-    assert find_units(Net(), ["LayerNorm"])[-1] is not None
+    assert find_units(Net(), Stage3Settings(leaf_module_classes=("LayerNorm",)))[-1] is not None
     assert list(fsdp_modules(model)) == []
+
+
+def test_leaf_modules_may_be_named() -> None:
+    model = Net()
+    named = find_units(model, Stage3Settings(leaf_module_names=("layers.0.up",)))
+    assert named == find_units(model), "the block around it is a unit already"
+    assert model.norm in find_units(model, Stage3Settings(leaf_module_names=("norm",)))
+    suffixed = find_units(model, Stage3Settings(leaf_module_name_suffixes=("norm", "idle")))
+    assert [model.norm in suffixed, model.idle in suffixed] == [True, True]
+
+
+def test_units_stay_gathered_while_they_fit_and_are_used_again_soon() -> None:
+    sizes, total = [10, 20, 30], 100
+
+    def kept(**limits: int) -> int:
+        return _num_kept(sizes, total, Stage3Settings(**limits))
+
+    assert kept() == 3
+    assert [kept(max_live_parameters=n) for n in (0, 69, 70, 90, 100)] == [0, 0, 1, 2, 3]
+    # Between its two uses stand the forward and backward passes of what is behind it: 0, 60 and 100 elements.
+    assert [kept(max_reuse_distance=n) for n in (0, 59, 60, 99, 100)] == [1, 1, 2, 2, 3]
+
+
+def test_small_parameters_stay_whole_up_to_a_limit_for_all_of_them() -> None:
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def cut(**limits: int) -> set[str]:
+        return _names_to_cut(model, Stage3Settings(**limits))
+
+    assert cut(param_persistence_threshold=16) == set()
+    assert cut(param_persistence_threshold=4) == {"0.weight", "1.weight"}
+    assert cut(param_persistence_threshold=16, model_persistence_threshold=20) == {"1.weight", "1.bias"}

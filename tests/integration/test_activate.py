@@ -93,3 +93,21 @@ def test_other_ranks_do_not_repeat_the_choice() -> None:
     done = _run("import hf_zero_plugin; hf_zero_plugin.activate()", RANK="1")
     assert done.returncode == 0
     assert "[hf-zero]" not in done.stderr
+
+
+@pytest.mark.slow
+def test_accelerate_use_cpu_hides_gpus_and_does_not_switch_the_engine_off() -> None:
+    """``accelerate launch --cpu`` sets it; accelerate alone would train by DDP and say nothing."""
+    code = """
+import hf_zero_plugin; hf_zero_plugin.activate()
+import os
+from transformers import TrainingArguments
+args = TrainingArguments("out", deepspeed={"zero_optimization": {"stage": 2}})
+from accelerate import Accelerator
+print(args.device.type, args.use_cpu, os.environ["CUDA_VISIBLE_DEVICES"] == "")
+print(Accelerator(deepspeed_plugin=args.deepspeed_plugin).distributed_type.value)
+"""
+    done = _run(code, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["cpu", "True", "True", "DEEPSPEED"]
+    assert "ACCELERATE_USE_CPU makes accelerate ignore --deepspeed" in done.stderr
