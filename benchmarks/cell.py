@@ -3,7 +3,7 @@
     python benchmarks/cell.py --engine ours --model t5-base --precision fp16 --batches 1,8,64,256 --steps 20
 
 Every cell is the unmodified Seq2SeqTrainer on random tokens, the same for every engine. One JSON line per batch size
-goes to standard output, after the word RESULT. ``engines.py`` lists the engines, ``models.py`` the models, and
+goes to standard output, after the word RESULT. ``engines.py`` lists the engines, ``workloads.py`` the models, and
 ``run.py``, which starts this with --serve, says what else a cell may ask for.
 """
 

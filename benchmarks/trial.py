@@ -13,7 +13,7 @@ import psutil
 from compute import measure
 from engines import config_name, engine_config, library_of, stage_of
 from host_memory import peak_resident_bytes, reset_peak, resident_bytes
-from models import DEFAULT_DECODER_LENGTH, TokenCount, build_model, build_sharded_model, is_decoder, make_data
+from workloads import DEFAULT_DECODER_LENGTH, TokenCount, build_model, build_sharded_model, is_decoder, make_data
 
 PROCESS_START = psutil.Process().create_time()
 
