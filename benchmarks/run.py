@@ -6,8 +6,8 @@
                 decoder-3b:bf16:4:compute,ours,deepspeed:length=1024,checkpointing=1,steps=8 \\
                 t5-base:bf16:8:plain,ours:gpus=2,config=zero1/zero2/zero3
 
-A cell is MODEL:PRECISION:BATCH,BATCH[:ENGINE,ENGINE[:OPTION=VALUE,OPTION=VALUE]]. ``engines.py`` and ``workloads.py`` list
-the names. BATCH is per GPU. A value a/b/c stands for as many cells. Options:
+A cell is MODEL:PRECISION:BATCH,BATCH[:ENGINE,ENGINE[:OPTION=VALUE,OPTION=VALUE]]. ``engines.py`` and ``workloads.py``
+list the names. BATCH is per GPU. A value a/b/c stands for as many cells. Options:
 
     accumulation, length, checkpointing (0 or 1), steps, warmup, dropout
     config       file of configs/ without .json, for ours and deepspeed
@@ -39,8 +39,8 @@ from pathlib import Path
 from typing import Any
 
 from engines import ENGINES, config_name
-from workloads import is_large
 from serving import Pool, Surroundings
+from workloads import is_large
 
 LIMITS = Path(__file__).with_name("limits.py")
 
