@@ -87,7 +87,9 @@ def conditions(rows: Sequence[Row], machine_file: Path) -> str:
     if machine_file.is_file():
         facts = json.loads(machine_file.read_text(encoding="utf-8"))["machines"][-1]
         names = ("torch", "transformers", "accelerate", "deepspeed")
-        lines.append(", ".join(f"{name} {facts[name]}" for name in names if facts.get(name)))
+        # Under this engine "deepspeed" is its own stand-in, whose version says so.
+        known = {name: facts[name] for name in names if facts.get(name) and "+hfzero" not in facts[name]}
+        lines.append(", ".join(f"{name} {number}" for name, number in known.items()))
         lines[-1] += f"; {facts['host_memory_gib']:.0f} GiB of host memory"
     precisions, num_pairs = sorted({row.precision for row in good}), max(row.num_samples or 0 for row in good)
     lines.append(f"{', '.join(precisions)}, {num_pairs:,} pairs")
@@ -100,7 +102,26 @@ def conditions(rows: Sequence[Row], machine_file: Path) -> str:
             "With two GPUs there is a process a GPU, as under torchrun. The Trainer alone wraps the model in "
             "DistributedDataParallel then; the engine shards over both. Batch sizes are per GPU"
         )
+    lines += not_measured(rows)
     return "\n".join(f"- {line}." for line in lines)
+
+
+def not_measured(rows: Sequence[Row]) -> list[str]:
+    """What is missing to a whole sweep of the models, engines and batch sizes that were begun."""
+    names = {PLAIN: "the Trainer alone", ZERO: "this engine"}
+    missing = []
+    for number in sorted({row.num_gpus for row in rows}):
+        batches = sorted({row.batch_size for row in rows if row.num_gpus == number})
+        for model in dict.fromkeys(row.model for row in rows):
+            for engine, name in names.items():
+                done = {
+                    row.batch_size for row in rows if (row.num_gpus, row.model, row.engine) == (number, model, engine)
+                }
+                left = [str(batch) for batch in batches if batch not in done]
+                which = "at any batch size" if not done else f"at batch {', '.join(left)}"
+                if left:
+                    missing.append(f"{model} with {name} on {number} GPU{'s' if number > 1 else ''} {which}")
+    return [f"Not measured yet: {'; '.join(missing)}"] if missing else []
 
 
 def scaling(rows: Sequence[Row]) -> str:
