@@ -34,8 +34,12 @@ def row(batch, **more):
     return {"batch_size": batch, "device": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             "num_cores": len(os.sched_getaffinity(0)), **{name: spec[name] for name in names}, **more}
 for batch in spec["batches"]:
+    started = os.path.join(os.environ["ACTED"], f"started{batch}")
     if rank == 0:
         say("STARTED", {"batch_size": batch})
+        open(started, "w").close()
+    while not os.path.exists(started):  # as ranks that train together do, by their collectives
+        time.sleep(0.01)
     if batch == 8 and rank == spec["num_gpus"] - 1:  # runs out of memory; the others wait for it
         say("RESULT", row(batch, status="out of memory"))
         os._exit(3)
@@ -68,7 +72,7 @@ def _spec(**changes: object) -> Spec:
 
 
 def _all_gone(acted: Path) -> bool:
-    pids = [int(path.name.removeprefix("pid")) for path in acted.iterdir()]
+    pids = [int(path.name.removeprefix("pid")) for path in acted.glob("pid*")]
     return bool(pids) and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
