@@ -173,8 +173,10 @@ def test_two_ranks_report_the_losses_of_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_lost_rank_is_watched_to_the_end(tmp_path: Path) -> None:
     out = tmp_path / "kill.jsonl"
-    common = ("--model", "t5-tiny", "--configs", "zero2", "--how", "kill", "--launchers", "hf-zero", "--at", "2")
+    common = ("--model", "t5-tiny", "--configs", "zero2", "--how", "kill", "--launchers", "hf-zero,bare", "--at", "2")
     _run("kill_rank.py", "--out", str(out), *common)
-    record = json.loads(out.read_text())
-    assert record["exit_code"] == 137
-    assert "rank 1 was ended by SIGKILL" in record["message"]
+    launched, bare = (json.loads(line) for line in out.read_text().splitlines())
+    assert launched["exit_code"] == 137
+    assert "rank 1 was ended by SIGKILL" in launched["message"]
+    assert bare["exit_code"] == 1
+    assert "rank 0 of 2, step 3" in bare["message"]

@@ -79,18 +79,24 @@ class Watchdog:
         self._doing.append((what, time.monotonic()))
         try:
             yield
-        except CollectiveError:
-            raise
         except RuntimeError as error:
-            if not any(sign in str(error).lower() for sign in _SIGNS):
+            explained = self.explain(error)
+            if explained is None:
                 raise
-            raise CollectiveError(
-                f"{self.where}: the other ranks did not come to this collective, or one of them has ended ({error}). "
-                "Look for the first error of another rank; if there is none, ranks took different branches or had "
-                f"different numbers of batches. A rank that is only slow needs a larger {TIMEOUT_VARIABLE} (seconds)."
-            ) from error
+            raise explained from error
         finally:
             self._doing.pop()
+
+    def explain(self, error: RuntimeError) -> CollectiveError | None:
+        """What a failed collective means, if ``error`` is torch's word for one and nobody has explained it yet."""
+        told = isinstance(error, CollectiveError) or self.world_size == 1
+        if told or not any(sign in str(error).lower() for sign in _SIGNS):
+            return None
+        return CollectiveError(
+            f"{self.where}: the other ranks did not come to this collective, or one of them has ended ({error}). "
+            "Look for the first error of another rank; if there is none, ranks took different branches or had "
+            f"different numbers of batches. A rank that is only slow needs a larger {TIMEOUT_VARIABLE} (seconds)."
+        )
 
     def waiting_since(self) -> float | None:
         doing = self._doing[-1:]

@@ -160,7 +160,15 @@ def repair_trainer(module: ModuleType) -> None:
     def train_again(self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.model_wrapped, ZeroEngine):
             self.model_wrapped = self.model
-        return train(self, *args, **kwargs)
+        try:
+            return train(self, *args, **kwargs)
+        except RuntimeError as error:
+            # The Trainer has collectives of its own, outside the engine.
+            engine = self.model_wrapped
+            explained = engine.watchdog.explain(error) if isinstance(engine, ZeroEngine) else None
+            if explained is None:
+                raise
+            raise explained from error
 
     @functools.wraps(init)
     def deepspeed_init(trainer: Any, num_training_steps: int, inference: bool = False) -> tuple[Any, Any]:
