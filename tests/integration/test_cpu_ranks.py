@@ -36,7 +36,9 @@ arguments = TrainingArguments(sys.argv[1], per_device_train_batch_size=int(sys.a
 trainer = Trainer(Line(), arguments, train_dataset=data)
 trainer.train()
 weight = f"{trainer.model.weight.item():.6f}"
-print("SEEN", arguments.process_index, arguments.world_size, arguments.device.type, weight)
+# A file a rank: lines that two processes print into one pipe may run into each other.
+seen = f"{arguments.process_index} {arguments.world_size} {arguments.device.type} {weight}"
+pathlib.Path(sys.argv[1], f"seen{arguments.process_index}").write_text(seen)
 """
 
 
@@ -90,10 +92,12 @@ def test_stock_trainer_on_two_cpu_ranks_equals_one_with_the_whole_batch(tmp_path
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
     def seen(launcher: list[str], batch_size: int) -> list[list[str]]:
-        command = [sys.executable, *launcher, str(script), str(tmp_path / "out"), str(batch_size)]
+        out = tmp_path / f"out{batch_size}"
+        out.mkdir()
+        command = [sys.executable, *launcher, str(script), str(out), str(batch_size)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        return sorted(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("SEEN"))
+        return [path.read_text().split() for path in sorted(out.glob("seen*"))]
 
     [alone] = seen([], batch_size=4)
     both = seen(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], batch_size=2)
