@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from run import describe, measure_limits
-from serving import Pool, Surroundings
+from serving import Pool, Surroundings, appending
 
 
 def ladder(start: int, ratio: float, most: int) -> list[int]:
@@ -120,17 +120,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     begun, search = time.time(), search_of(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     rungs = ladder(args.start, args.ratio, args.most)
     outcomes = read_outcomes(args.out, search)
     open_engines = args.engines.split(",")
     around = Surroundings(args.out.with_suffix(".log"), args.peer_path, host_gib=args.host_gib)
-    with args.out.open("a") as file, Pool(around, args.timeout) as pool:
-
-        def keep(record: dict[str, Any]) -> None:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-
+    with appending(args.out) as keep, Pool(around, args.timeout) as pool:
         limits = measure_limits()
         if limits is not None:
             keep({"limits": limits})

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import ENGINES, config_name
-from serving import Pool, Surroundings
+from serving import Pool, Surroundings, appending
 from workloads import is_large
 
 LIMITS = Path(__file__).with_name("limits.py")
@@ -145,14 +145,8 @@ def main() -> None:
     args, passed_on = build_parser().parse_known_args()
     jobs = parse_cells(args.cells, args.engines)
     start = time.time()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     around = Surroundings(args.out.with_suffix(".log"), args.peer_path, tuple(passed_on), host_gib=args.host_gib)
-    with args.out.open("a") as file, Pool(around, args.first_timeout) as pool:
-
-        def keep(record: dict[str, Any]) -> None:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-
+    with appending(args.out) as keep, Pool(around, args.first_timeout) as pool:
         limits = measure_limits()
         if limits is not None:
             keep({"limits": limits})

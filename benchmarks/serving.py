@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,19 @@ from host_memory import MachineWatch
 CELL = Path(__file__).with_name("cell.py")
 _SUMMED = ("tokens", "tokens_padded", "rss_bytes", "rss_peak_bytes", "rss_baseline_bytes", "rss_before_bytes")
 _LARGEST = ("peak_allocated", "peak_reserved", "peak_allocated_whole_run")
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields what adds a JSON line to ``path``, handed to the system when the call returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+
+        def keep(record: dict[str, Any]) -> None:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+
+        yield keep
 
 
 class Surroundings(NamedTuple):

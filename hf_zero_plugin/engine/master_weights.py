@@ -247,10 +247,7 @@ class MasterWeights:
         """Fetch states as the backward pass frees memory: once a bucket, when the last of its gradients is due."""
         for layout in layouts:
             first = min(slot.spec.index for slot in layout.slots)
-            self._handles.append(params[first].register_post_accumulate_grad_hook(self._prefetch))
-
-    def _prefetch(self, _: Tensor | None = None) -> None:
-        self.prefetch_if_due()
+            self._handles.append(params[first].register_post_accumulate_grad_hook(lambda _: self.prefetch_if_due()))
 
     def prefetch_if_due(self) -> None:
         """Within a backward pass that a step follows: fetch states into memory that has become free."""
