@@ -120,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", default="1,8,64,256")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=7, help="steps before the measured ones; at most half of --steps")
+    parser.add_argument("--turns", type=int, default=0, help="in place of --steps: wait for a line before each turn")
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--length", type=int, help="tokens of a row; a decoder's default is 1024, T5's WMT16's lengths")
     parser.add_argument("--checkpointing", type=int, nargs="?", const=1, default=0)

@@ -10,6 +10,7 @@ A cell is MODEL:PRECISION:BATCH,BATCH[:ENGINE,ENGINE[:OPTION=VALUE,OPTION=VALUE]
 list the names. BATCH is per GPU. A value a/b/c stands for as many cells. Options:
 
     accumulation, length, checkpointing (0 or 1), steps, warmup, dropout
+    turns        in place of rounds: the cell's engines are loaded at once and take so many turns (turns.py)
     config       file of configs/ without .json, for ours and deepspeed
     ratio        offload_optimizer.ratio; budget: GiB for ours-auto
     gpus         processes over as many GPUs (NCCL; gloo without GPUs)
@@ -40,6 +41,7 @@ from typing import Any
 
 from engines import ENGINES, config_name
 from serving import Pool, Surroundings, appending
+from turns import split_turns
 from workloads import is_large
 
 LIMITS = Path(__file__).with_name("limits.py")
@@ -50,6 +52,7 @@ OPTIONS: dict[str, Any] = {
     "checkpointing": int,
     "steps": int,
     "warmup": int,
+    "turns": int,
     "dropout": float,
     "config": str,
     "ratio": float,
@@ -147,23 +150,32 @@ def main() -> None:
     start = time.time()
     around = Surroundings(args.out.with_suffix(".log"), args.peer_path, tuple(passed_on), host_gib=args.host_gib)
     with appending(args.out) as keep, Pool(around, args.first_timeout) as pool:
+
+        def record(number: int, name: str, job: dict[str, Any], result: dict[str, Any]) -> None:
+            if not result.pop("again", False):
+                place = {"round": number, "engine": name, "world_size": job["gpus"]}
+                asked = {**job, "config": config_name(name, job.get("config"))}
+                keep({**(asked if "failed" in result else {}), **place, **result})
+            print(f"{number} {name:13} {label_of(job)}  {describe(result)}", flush=True)
+
         limits = measure_limits()
         if limits is not None:
             keep({"limits": limits})
             print(f"LIMITS {json.dumps(limits)}", flush=True)
         for number in range(args.rounds):
             for job, names in jobs:
-                for name in names:
-                    if time.time() - start > args.budget:
-                        print("time is up", flush=True)
-                        return
-                    full = {"gpus": args.num_gpus, **job}
-                    result = pool.run(name, full, full.get("timeout", args.timeout))
-                    if not result.pop("again", False):
-                        place = {"round": number, "engine": name, "world_size": full["gpus"]}
-                        asked = {**full, "config": config_name(name, full.get("config"))}
-                        keep({**(asked if "failed" in result else {}), **place, **result})
-                    print(f"{number} {name:13} {label_of(full)}  {describe(result)}", flush=True)
+                full = {"gpus": args.num_gpus, **job}
+                timeout = full.get("timeout", args.timeout)
+                if time.time() - start > args.budget:
+                    print("time is up", flush=True)
+                    return
+                if full.get("turns") and number == 0:
+                    for name, result in pool.run_in_turns(names, full, timeout):
+                        for turn, part in enumerate(split_turns(result) if "turns" in result else [result]):
+                            record(turn, name, full, part)
+                elif not full.get("turns"):
+                    for name in names:
+                        record(number, name, full, pool.run(name, full, timeout))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,9 @@ from engines import PEERS, library_of
 from host_memory import MachineWatch
 
 CELL = Path(__file__).with_name("cell.py")
+GO: dict[str, Any] = {"go": True}
+"""The job that stands for the next turn of the one that was begun."""
+
 _SUMMED = ("tokens", "tokens_padded", "rss_bytes", "rss_peak_bytes", "rss_baseline_bytes", "rss_before_bytes")
 _LARGEST = ("peak_allocated", "peak_reserved", "peak_allocated_whole_run")
 
@@ -172,7 +175,10 @@ class Serving:
         return self.read("READY", timeout) is not None
 
     def run(self, job: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """The cell's result, of all ranks together; a dict with ``failed`` if there is none."""
+        """The cell's result, of all ranks together; a dict with ``failed`` if there is none.
+
+        A job in turns gives ``{"waits": True}``: run ``GO`` for the next turn. The last turn's answer is the result.
+        """
         limit = self._around.host_gib * 2**30 if self._around.host_gib else None
         with MachineWatch([process.pid for process in self._processes], limit) as watch:
             try:
@@ -188,7 +194,9 @@ class Serving:
             return {"failed": f"needs more than {self._around.host_gib:g} GiB of host memory", **used}
         if lines is None:
             return {"failed": self.why, **used}
-        return {**merge([json.loads(line) for line in lines]), **used}
+        results = [json.loads(line) for line in lines]
+        waits = all(result.get("waits") for result in results)
+        return results[0] if waits else {**merge(results), **used}
 
     def stop(self) -> None:
         for process in self._processes:
@@ -226,6 +234,10 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def _key(engine: str, job: dict[str, Any]) -> tuple[str, str | None, int]:
+    return engine, job.get("config"), job.get("gpus", 1)
+
+
 class Pool:
     """Engines that are loaded, by name, config and number of ranks. ``with`` ends them all."""
 
@@ -258,7 +270,7 @@ class Pool:
         if engine in self._absent:
             return {"failed": self._absent[engine], "again": True}
         begun = time.time()
-        key = (engine, job.get("config"), job.get("gpus", 1))
+        key = _key(engine, job)
         is_first = key not in self._serving
         if is_first:
             if job.get("clean") or not self._caches:
@@ -273,9 +285,32 @@ class Pool:
         result = serving.run(job, self._first_timeout if is_first else timeout)
         result["wall_s"] = time.time() - begun
         result["clean_cache"] = is_first and serving.finds_clean_cache
+        if result.get("waits"):
+            return result
         if job.get("fresh") or "failed" in result or "error" in result:
             self._end(key)
         return result
+
+    def run_in_turns(
+        self, engines: Sequence[str], job: dict[str, Any], timeout: float
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every engine loads and warms up, then they train a turn each, ``job["turns"]`` times over; their results."""
+        waiting: dict[str, dict[str, Any]] = {}
+        for engine in engines:
+            result = self.run(engine, job, timeout)
+            if result.get("waits"):
+                waiting[engine] = result
+            else:
+                yield engine, result
+        for _ in range(job["turns"]):
+            for engine in list(waiting):
+                result = self._serving[_key(engine, job)].run(GO, timeout)
+                if result.get("waits"):
+                    continue
+                begun = waiting.pop(engine)
+                if job.get("fresh") or "failed" in result or "error" in result:
+                    self._end(_key(engine, job))
+                yield engine, {**result, "clean_cache": begun["clean_cache"]}
 
     def _end(self, key: tuple[str, str | None, int]) -> None:
         self._serving.pop(key).stop()

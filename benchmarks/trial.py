@@ -13,6 +13,7 @@ import psutil
 from compute import measure
 from engines import config_name, engine_config, library_of, stage_of
 from host_memory import peak_resident_bytes, reset_peak, resident_bytes
+from turns import TurnClock, steps_of_turns
 from workloads import DEFAULT_DECODER_LENGTH, TokenCount, build_model, build_sharded_model, is_decoder, make_data
 
 PROCESS_START = psutil.Process().create_time()
@@ -157,7 +158,7 @@ def torchao_optimizers(model: Any) -> tuple[Any, Any]:
     return optimizer, torch.optim.lr_scheduler.LambdaLR(nothing, lambda _: 1.0)
 
 
-def make_trainer(job: argparse.Namespace, cuda: bool) -> tuple[Any, Clock, TokenCount, int]:
+def make_trainer(job: argparse.Namespace, cuda: bool) -> tuple[Any, Clock | TurnClock, TokenCount, int]:
     import torch
     from transformers import Seq2SeqTrainer, TrainerCallback
 
@@ -168,7 +169,7 @@ def make_trainer(job: argparse.Namespace, cuda: bool) -> tuple[Any, Clock, Token
     model = make_model(job, config, cuda)
     total = num_parameters(model)
     data, collate, tokens = make_data(job.model, job.batch * job.accumulation * world_size(), job.steps, job.length)
-    clock = Clock(job, cuda)
+    clock = TurnClock(job, cuda) if job.turns else Clock(job, cuda)
 
     class Watcher(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -191,6 +192,8 @@ def run_training(job: argparse.Namespace, is_first: bool, baseline: int) -> dict
     cuda = torch.cuda.is_available()
     can_reset = reset_peak()
     before = resident_bytes()
+    if job.turns:
+        job.steps = steps_of_turns(job.turns, job.warmup)
     trainer, clock, tokens, total = make_trainer(job, cuda)
     trainer.train()
     result = {**describe(job), "num_parameters": total, **clock.finish()}

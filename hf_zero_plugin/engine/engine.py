@@ -424,7 +424,7 @@ class ZeroEngine(Timed, nn.Module):
         """As always, but free of cost where every module is in that mode already: the Trainer calls it every step."""
         if self._plain_modules is None:
             modules = list(self.module.modules())
-            overrides = any(type(m).train is not nn.Module.train or "train" in vars(m) for m in modules)
+            overrides = any(_has_train_of_its_own(module) for module in modules)
             self._plain_modules = [] if overrides else modules
         if not self._plain_modules or any(module.training is not mode for module in self._plain_modules):
             return super().train(mode)
@@ -445,6 +445,13 @@ class ZeroEngine(Timed, nn.Module):
             if name == "module":
                 raise
             return getattr(self.module, name)
+
+
+def _has_train_of_its_own(module: nn.Module) -> bool:
+    """transformers' models override ``train``, to do what a change of the mode asks for: without one it is torch's."""
+    train = type(module).train
+    known = train is nn.Module.train or train.__module__ == "transformers.modeling_utils"
+    return not known or "train" in vars(module)
 
 
 def _steps_of(engine: ZeroEngine) -> Callable[[], int]:
