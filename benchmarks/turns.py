@@ -1,7 +1,7 @@
-"""Engines that train at the same time and take turns of a few steps, so that a drifting machine drifts for all of them.
+"""Engines that are loaded at once and take turns of a few steps, so that a drifting machine drifts for all of them.
 
-A cell with ``turns=8`` is loaded by every engine of its list; after the warm-up each waits. Then a turn is one step that
-is not timed and ``TURN_STEPS`` that are, with an idle device before the first of them and after the last, and the next
+A cell with ``turns=8`` is loaded by every engine of its list; after the warm-up each waits. A turn is one step that is
+not timed and ``TURN_STEPS`` that are, with an idle device before the first of them and after the last; then the next
 engine has its turn. A round is one turn of each engine. Waiting engines have emptied their device caches.
 
 Two runs of one engine, seconds apart, differed by half on a host whose cores others use too; only this tells engines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from run import parse_cells
 from serving import merge, peer_path
 from table import render
 from tables_ranks import parity_difference, parity_pairs
+from turns import TURN_STEPS, TurnClock, split_turns, steps_of_turns
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
@@ -180,3 +182,24 @@ def test_a_lost_rank_is_watched_to_the_end(tmp_path: Path) -> None:
     assert "rank 1 was ended by SIGKILL" in launched["message"]
     assert bare["exit_code"] == 1
     assert "rank 0 of 2, step 3" in bare["message"]
+
+
+def test_a_run_in_turns_waits_before_each_turn_and_times_nothing_else() -> None:
+    job = argparse.Namespace(warmup=3, turns=2)
+    waits: list[int] = []
+    clock = TurnClock(job, cuda=False, wait=lambda: waits.append(step))
+    for step in range(1, steps_of_turns(job.turns, job.warmup) + 1):
+        clock.on_step_end()
+    assert waits == [3, 3 + 1 + TURN_STEPS]
+    result = clock.finish()
+    assert [record["steps"] for record in result["turns"]] == [TURN_STEPS] * 2
+
+
+def test_turns_become_rounds() -> None:
+    turns = [_line("ours", 10.0), _line("ours", 20.0)]
+    records = [{name: turn[name] for name in ("step_ms", "step_ms_median", "step_ms_mean")} for turn in turns]
+    first, second = split_turns({**_line("ours", 15.0, first_step_s=4.0), "turns": records})
+    assert (first["step_ms"], second["step_ms"]) == ([10.0], [20.0])
+    assert (first["first_step_s"], second["first_step_s"]) == (4.0, None)
+    assert second["tokens_per_s"] == pytest.approx(4096 / 20 * 1000)
+    assert "turns" not in first

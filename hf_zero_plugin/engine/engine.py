@@ -131,6 +131,7 @@ class ZeroEngine(Timed, nn.Module):
     @watched("forward")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own output, untouched."""
+        self._go_on()
         if self.settings.cast_inputs:
             args, kwargs = cast_floats((args, kwargs), DTYPES[self.settings.precision])
         with self._counted("forward"):
@@ -278,7 +279,13 @@ class ZeroEngine(Timed, nn.Module):
         return self.optimizer is not None and not self.optimizer.overflow
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do: ``step`` clears gradients, and between micro-steps they must stay."""
+        """Clears nothing: ``step`` clears gradients, and between micro-steps they must stay."""
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """The caller of ``step`` has read what it wanted to read from the device: launch what copies there are."""
+        if self.parts.masters is not None:
+            self.parts.masters.launch_rest()
 
     # ---------------------------------------------------------------- looking at weights
 

@@ -95,6 +95,9 @@ class Home:
         """Launch the update of all pieces; may return before it is done."""
         raise NotImplementedError
 
+    def launch_rest(self) -> None:
+        """Launch what ``step`` has left for later, if it has; its caller may have read numbers from the device."""
+
     def start_backward(self) -> None:
         """A backward pass begins."""
 
@@ -220,6 +223,7 @@ class MasterWeights:
         self.num_buckets = num_buckets
         self._pending = [False] * num_buckets
         self.any_pending = False
+        self._may_have_rest = False
         # A bucket is finished by the last home that holds a part of it; earlier ones must not gather it.
         self.finisher = {piece.bucket: home for home in self.homes for piece in home.pieces}
         self._timeline: Timeline | None = None
@@ -244,8 +248,8 @@ class MasterWeights:
             home.start_backward()
 
     def prefetch_after(self, layouts: Sequence[BucketLayout], params: Sequence[nn.Parameter]) -> None:
-        """Fetch states as the backward pass frees memory: once a bucket, when the last of its gradients is due."""
-        for layout in layouts:
+        """Fetch states as the backward pass frees memory: when a bucket's last gradient is due."""
+        for layout in layouts[::2]:  # looking for room has a price, and every second time is enough
             first = min(slot.spec.index for slot in layout.slots)
             self._handles.append(params[first].register_post_accumulate_grad_hook(lambda _: self.prefetch_if_due()))
 
@@ -260,10 +264,18 @@ class MasterWeights:
         for home in self.homes:
             home.step(inputs)
         self._pending = [True] * self.num_buckets
-        self.any_pending = True
+        self.any_pending = self._may_have_rest = True
+
+    def launch_rest(self) -> None:
+        """The caller of ``step`` goes on. Nobody needs to say so: whoever waits for a bucket does."""
+        if self._may_have_rest:
+            self._may_have_rest = False
+            for home in self.homes:
+                home.launch_rest()
 
     def wait(self, bucket: int) -> None:
         if self._pending[bucket]:
+            self.launch_rest()
             self._pending[bucket] = False
             timeline = self._timeline
             started = timeline.begin() if timeline is not None else None

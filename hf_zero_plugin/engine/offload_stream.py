@@ -3,8 +3,9 @@
 A piece of the states is uploaded into a buffer on the device, updated there, and downloaded again::
 
     backward          pieces 0, 1, 2 ... are uploaded: states do not depend on gradients
-    step              they are updated; the others follow, in the order of the forward pass, through the two buffers
-                      that slots own: while one slot uploads, the other downloads
+    step              they are updated
+    launch_rest       they are downloaded, and the others follow, in the order of the forward pass, through the two
+                      buffers that slots own: while one slot uploads, the other downloads
     next forward      waits per bucket, on the device; downloads end meanwhile
 
 PCIe carries both directions at once, so a parameter costs 12 bytes of one direction (Adam); on a x16 gen5 link that is
@@ -20,7 +21,9 @@ has seen its download over, so that the compute stream may use the memory again 
 Downloads are cut, with a tiny kernel between the cuts. The copy engine serves what one stream has queued to its end
 before it looks at another stream, unless that one must wait for something: without the kernels, a ``tensor.item()``
 anywhere in the next forward pass would stand behind a gigabyte of states (measured: 20 ms; with them, half a
-millisecond). Uploads do not have this trouble.
+millisecond). Uploads do not have this trouble. Right after a step its caller reads numbers: the engine the norm, the
+Trainer whether the loss is finite, twice. So that these find an empty queue, nothing is downloaded before the caller's
+next word to the engine (``zero_grad``, a forward pass, a look at a weight).
 
 Source of the idea of streaming states through the device: Deep Optimizer States (arXiv:2410.21316).
 """
@@ -88,6 +91,8 @@ class StreamedHome(Home):
         self._peak_staging = 0
         self._done: dict[int, list[torch.cuda.Event]] = {}
         self._alive: Any = None
+        self._rest: tuple[StepInputs, Tensor] | None = None
+        """What ``launch_rest`` has still to do, and with what."""
 
     def set_master(self, index: int, values: Tensor) -> None:
         master, *states = self._rows_of(self._slabs[index], self.pieces[index])
@@ -155,6 +160,7 @@ class StreamedHome(Home):
         buffer[: slab.numel()].copy_(slab, non_blocking=True)
 
     def forget_prefetched(self) -> None:
+        self.launch_rest()
         if self._staged:
             for slot in self._slots:
                 slot.synchronize()  # nobody may get this memory while copies into it are under way
@@ -175,19 +181,32 @@ class StreamedHome(Home):
             slot.wait_event(ready)
         self._done = {}
         try:
-            self._update_all(inputs, number)
+            for index in range(len(self._staged)):
+                torch.cuda.set_stream(self._slots[index % len(self._slots)])
+                self._update(index, self._staged[index], inputs, number)
         finally:
             torch.cuda.set_stream(compute)
+        self._rest = inputs, number
+        # Ranks must gather in one order, whatever their callers do next; and a watched step ends with its own work.
+        if not self.context.is_alone or self.timeline is not None:
+            self.launch_rest()
         if self.timeline is not None and started is not None:
             self.timeline.end_flight(started, list(self._done.values()))
 
-    def _update_all(self, inputs: StepInputs, number: Tensor) -> None:
+    def launch_rest(self) -> None:
+        if self._rest is None:
+            return
+        (inputs, number), self._rest = self._rest, None
+        before = torch.cuda.current_stream(self.context.device)
+        try:
+            self._launch(inputs, number)
+        finally:
+            torch.cuda.set_stream(before)
+
+    def _launch(self, inputs: StepInputs, number: Tensor) -> None:
         num_slots = len(self._slots)
         buffers = [self._staged[index] for index in range(num_slots)]
         num_staged = len(self._staged)
-        for index in range(num_staged):
-            torch.cuda.set_stream(self._slots[index % num_slots])
-            self._update(index, self._staged[index], inputs, number)
         self._return_staged(num_slots, num_staged)
         for index in range(num_slots):
             torch.cuda.set_stream(self._slots[index])
@@ -265,6 +284,7 @@ class StreamedHome(Home):
             self._leaving.popleft()
 
     def synchronize(self) -> None:
+        self.launch_rest()
         for stream in (*self._slots, self._returns, self._gathers):
             stream.synchronize()
         self._reap()
