@@ -42,17 +42,17 @@ class TurnClock:
         self.warmup, self.turns, self.cuda = job.warmup, job.turns, cuda
         self.first_step_at = 0.0
         self._wait = wait
-        self._num_steps = 0
+        self.num_steps = 0
         self._stamps: list[float] = []
         self._own = psutil.Process().cpu_times()
         self._records: list[dict[str, Any]] = []
         self._peak_before = 0
 
     def on_step_end(self) -> None:
-        self._num_steps += 1
-        if self._num_steps == 1:
+        self.num_steps += 1
+        if self.num_steps == 1:
             self.first_step_at = time.time()
-        after_warmup = self._num_steps - self.warmup
+        after_warmup = self.num_steps - self.warmup
         if after_warmup < 0:
             return
         turn, place = divmod(after_warmup, 1 + TURN_STEPS)

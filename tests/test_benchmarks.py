@@ -187,8 +187,8 @@ def test_a_lost_rank_is_watched_to_the_end(tmp_path: Path) -> None:
 def test_a_run_in_turns_waits_before_each_turn_and_times_nothing_else() -> None:
     job = argparse.Namespace(warmup=3, turns=2)
     waits: list[int] = []
-    clock = TurnClock(job, cuda=False, wait=lambda: waits.append(step))
-    for step in range(1, steps_of_turns(job.turns, job.warmup) + 1):
+    clock = TurnClock(job, cuda=False, wait=lambda: waits.append(clock.num_steps))
+    for _ in range(steps_of_turns(job.turns, job.warmup)):
         clock.on_step_end()
     assert waits == [3, 3 + 1 + TURN_STEPS]
     result = clock.finish()
