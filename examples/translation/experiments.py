@@ -8,6 +8,10 @@ fp16, one epoch of up to 10,000 pairs, batch 1 to 256, each (model, engine) in a
     python examples/translation/figures.py                                     # figures from the CSV
     python examples/translation/report.py                                      # RESULTS.md from the CSV
 
+The first writes to out/sweep and says how to draw what it measured; with ``--data`` the default is results/, whose
+figures and page the last two write. Without a GPU there is no GPU memory, and T5 takes seconds to minutes a step; a
+look at everything in three minutes: ``--models t5-demo --batches 1,4,16``.
+
 A cell measures as many steps as fit ``--cell-seconds`` and scales to the epoch (columns measured_steps, epoch_steps,
 epoch_seconds_scaled); ``--full`` trains whole epochs. Running out of memory is a result. Interrupted or run again, the
 sweep goes on where it was: cells in the CSV are not measured twice.
@@ -42,23 +46,40 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, exit_code_of
+from errors import UserError, exit_code_of, make_folder, read_json
+from measure.alike import check_device, check_settings, settings_of
 from measure.child import SETUP, Events, run_process
 from measure.limit import TimeLimit
+from measure.options import (
+    check_engines,
+    check_models,
+    check_tokenizer,
+    length,
+    names_of,
+    numbers_of,
+    positive,
+    positive_float,
+    steps_or_auto,
+)
 from measure.plan import Wanted, keys_of, lanes, plan
 from measure.progress import Progress
 from measure.rows import SETTLED, Key, Row, read_rows, write_rows
 from measure.spec import ENGINES, PLAIN, ZERO, Spec
+from presets import PRESETS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 CSV_NAME, MACHINE_NAME = "sweep.csv", "sweep.json"
 BATCHES = [2**power for power in range(9)]
+NO_GPU = (
+    "No GPU here: cells train in fp32 on the processor and have no GPU memory. T5 of true size takes seconds to "
+    "minutes a step; for a quick look stop this and add --models t5-demo --batches 1,4,16"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,59 +107,58 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=RESULTS, help="folder of sweep.csv and sweep.json")
+    add("--out", type=Path, help="folder of sweep.csv and sweep.json; default: out/sweep, with --data results/")
     add("--data", type=Path, help="folder with wmt16_en_ro/train.json (JSON lines), or such a file")
     add("--tokenizer", type=Path, help="folder of T5's tokenizer")
-    add("--models", type=names_of, default=["t5-small", "t5-base"], help="presets of models.py")
+    add("--models", type=names_of, default=["t5-small", "t5-base"], help=f"of {', '.join(PRESETS)}")
     add("--engines", type=names_of, default=[PLAIN, ZERO], help=f"of {', '.join(ENGINES)}")
     add("--batches", type=numbers_of, default=BATCHES, help="batch sizes per GPU")
-    add("--samples", type=int, default=10_000, help="pairs of an epoch, at most")
-    add("--max-length", type=int, default=128, help="tokens to which both sides are cut")
+    add("--samples", type=positive, default=10_000, help="pairs of an epoch, at most")
+    add("--max-length", type=length, default=128, help="tokens to which both sides are cut")
     add("--precision", choices=["fp16", "bf16", "fp32"], default="fp16", help="on a GPU; a CPU trains in fp32")
-    add("--steps", type=_steps, default=None, help="steps to measure in a cell, or auto: what fits --cell-seconds")
-    add("--cell-seconds", type=float, default=8.0, help="about how long a cell trains with --steps auto")
+    add("--steps", type=steps_or_auto, default=None, help="steps to measure in a cell, or auto: as --cell-seconds says")
+    add("--cell-seconds", type=positive_float, default=8.0, help="about how long a cell trains with --steps auto")
     add("--full", action="store_true", help="whole epochs: measured, not scaled; hours")
     add("--no-group", dest="group", action="store_false", help="one process a cell, 15 s more each")
-    add("--rounds", type=int, default=1, help="repeat the whole sweep, engines in turn; figures show medians")
+    add("--rounds", type=positive, default=1, help="repeat the whole sweep, engines in turn; figures show medians")
     add("--num-gpus", type=numbers_of, default=[1], help="GPUs that train together; 1,2 measures one, then both")
     add("--gpus", type=names_of, default=[], help="which ones; with --num-gpus 1, models share them side by side")
-    add("--gpu-memory-gib", type=float, default=0.0, help="let a process allocate no more than this")
-    add("--max-minutes", type=float, help="stop then; the cell that is being measured is left for the next run")
+    add("--gpu-memory-gib", type=positive_float, default=0.0, help="let a process allocate no more than this")
+    add("--max-minutes", type=positive_float, help="stop then; the cell being measured is left for the next run")
     add("--retry", action="store_true", help="measure cells again that failed before")
+    add("--mix-devices", action="store_true", help="go on in a CSV that was begun on another device")
     add("--seed", type=int, default=42)
     options = parser.parse_args(argv)
-    unknown = set(options.engines) - set(ENGINES)
-    if unknown:
-        raise UserError(f"--engines {','.join(sorted(unknown))}: there are {', '.join(ENGINES)}.")
+    check_engines(options.engines, ENGINES)
+    check_models(options.models, "--models")
     if options.gpus and len(options.gpus) < max(options.num_gpus):
         raise UserError(f"--num-gpus {max(options.num_gpus)}: --gpus names only {len(options.gpus)}.")
     if options.data is not None and options.tokenizer is None:
         raise UserError("--data needs --tokenizer: the folder of a tokenizer that knows this text, such as T5's.")
+    options.out = options.out or default_out(options, "sweep")
     return options
 
 
-def names_of(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def numbers_of(text: str) -> list[int]:
-    return [int(name) for name in names_of(text)]
-
-
-def _steps(text: str) -> int | None:
-    return None if text == "auto" else int(text)
+def default_out(options: argparse.Namespace, name: str) -> Path:
+    """The committed results for real text; a trial with the text of this example must not write into them."""
+    return RESULTS if options.data is not None else HERE.parents[1] / "out" / name
 
 
 def find_text(options: argparse.Namespace) -> tuple[Path, Path]:
     """The training file and the tokenizer's folder: the user's, or made from the corpus that this example ships.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or no tokenizer.
     """
+    if options.tokenizer is not None:
+        check_tokenizer(options.tokenizer)
     if options.data is not None:
         train_file = options.data if options.data.is_file() else options.data / "wmt16_en_ro" / "train.json"
         if not train_file.is_file():
-            raise UserError(f"--data {options.data}: no file {train_file}.")
+            raise UserError(
+                f"{options.data}: no file, and no folder that holds {train_file.relative_to(options.data)} "
+                f"(looked from {Path.cwd()})."
+            )
         return train_file.resolve(), options.tokenizer.resolve()
     folder = HERE.parents[1] / "out" / "sweep_text"
     if not (folder / "done").is_file():
@@ -158,8 +178,14 @@ class Sweep:
     def __init__(self, out: Path, template: Spec, wanted: Wanted, options: argparse.Namespace) -> None:
         self.out, self.wanted, self.options = out, wanted, options
         self.templates = [dataclasses.replace(template, num_gpus=number) for number in options.num_gpus]
-        self.csv = out / CSV_NAME
+        make_folder(out, "--out")
+        self.csv, self.machine_file = out / CSV_NAME, out / MACHINE_NAME
         rows = read_rows(self.csv) if self.csv.is_file() else []
+        self.known: dict[str, Any] = {"machines": []}
+        """What sweep.json holds: machines, and the settings of all cells."""
+        if self.machine_file.is_file():
+            self.known |= read_json(self.machine_file)
+        check_settings(self.csv, rows, self.known, self.templates[0])
         self.rows = {row.key: row for row in rows}
         self.progress = Progress(self.rows)
         self.started = time.monotonic()
@@ -181,14 +207,28 @@ class Sweep:
         except KeyboardInterrupt:
             is_interrupted = True
         missing = self._plan(set(self.rows), grouped=False)
-        num_failed = sum(row.status not in SETTLED for row in self.rows.values())
+        wanted = {key for spec in self._plan((), grouped=True) for key in keys_of(spec)}
+        num_failed = sum(row.status not in SETTLED for key, row in self.rows.items() if key in wanted)
         note = f"; {num_failed} failed, see --retry" if num_failed else ""
         note += f"; {len(missing)} cells missing, run again to go on" if missing else ""
         print(f"{len(self.rows)} cells in {self.csv}, {time.monotonic() - self.started:.0f} s{note}", flush=True)
+        self._say_what_next()
         if is_interrupted:
             sys.exit(130)
+        if num_failed:
+            sys.exit(1)
 
-    def _plan(self, done: set[Key], *, grouped: bool) -> list[Spec]:
+    def _say_what_next(self) -> None:
+        example = Path(os.path.relpath(HERE))
+        where = (
+            f" --csv {self.csv} --out {self.out / 'figures'}",
+            f" --results {self.out} --out {self.out / 'RESULTS.md'}",
+        )
+        figures, report = ("", "") if self.out == RESULTS else where
+        print(f"Figures: python {example / 'figures.py'}{figures}")
+        print(f"Page:    python {example / 'report.py'}{report}", flush=True)
+
+    def _plan(self, done: Collection[Key], *, grouped: bool) -> list[Spec]:
         return [spec for template in self.templates for spec in plan(self.wanted, template, done, grouped=grouped)]
 
     def _run_all(self, specs: list[Spec]) -> None:
@@ -227,23 +267,21 @@ class Sweep:
     def _place(self, row: Row) -> tuple[Any, ...]:
         """Where a row stands in the CSV: the same whichever lane was faster."""
         model = self.wanted.models.index(row.model) if row.model in self.wanted.models else len(self.wanted.models)
-        engine = ENGINES.index(row.engine)
+        engine = ENGINES.index(row.engine) if row.engine in ENGINES else len(ENGINES)
         return row.round, row.num_gpus, row.gpu_memory_limit_gib, model, row.model, engine, row.batch_size
 
-    def _machine(self, facts: dict[str, object]) -> None:
+    def _machine(self, facts: dict[str, Any]) -> None:
         with self._lock:
-            self._write_machine(facts)
-
-    def _write_machine(self, facts: dict[str, object]) -> None:
-        template = self.templates[0]
-        path = self.out / MACHINE_NAME
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"machines": []}
-        if facts not in known["machines"]:
-            known["machines"].append(facts)
-        known["text"] = os.path.basename(os.path.dirname(template.train_file))
-        known["max_length"], known["seed"] = template.max_length, template.seed
-        self.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+            if not self.options.mix_devices:
+                check_device(self.csv, self.rows.values(), facts)
+            if not facts["num_visible_gpus"]:
+                self.progress.say_once(NO_GPU)
+            if facts not in self.known["machines"]:
+                self.known["machines"].append(facts)
+            self.known |= settings_of(self.templates[0])
+            draft = self.machine_file.with_suffix(".new")
+            draft.write_text(json.dumps(self.known, indent=2) + "\n", encoding="utf-8")
+            os.replace(draft, self.machine_file)
 
 
 def share_cores(cores: list[int], num_shares: int) -> list[list[int]]:

@@ -6,9 +6,9 @@ scheduler section)::
     python examples/translation/learning.py                                       # the corpus that this example ships
     python examples/translation/learning.py --train MIX.json --test newstest2016=TEST.json --tokenizer DIR
 
-Writes results/learning.json and results/figures/learning.png (and .svg). Both engines side by side (their speed is not
-the subject), within a time, on one GPU or, with ``--gpus 0,1``, on a GPU each; about 40 s of starting and of last
-translations come on top::
+Writes learning.json and figures/learning.png (and .svg) into results/, without ``--train`` into out/learning/. Both
+engines side by side (their speed is not the subject), within a time, on one GPU or, with ``--gpus 0,1``, on a GPU each;
+about 40 s of starting and of last translations come on top::
 
     python examples/translation/learning.py --train DATA/mix/train_mix.json \\
         --test newstest2016=DATA/wmt16_en_ro/test.json --tokenizer DATA/tokenizer_t5 --side-by-side --max-seconds 240
@@ -29,11 +29,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, exit_code_of
-from experiments import RESULTS, find_text, names_of
+from errors import UserError, exit_code_of, make_folder
+from experiments import default_out, find_text
 from measure.launch import child_environment, visible_gpus
-from measure.learn import LearnSpec
+from measure.learn import REFUSED, LearnSpec
 from measure.learned import NAMES
+from measure.options import (
+    check_engines,
+    check_models,
+    length,
+    names_of,
+    positive,
+    positive_float,
+    zero_or_more,
+)
 from measure.spec import PLAIN, ZERO
 
 SMALLER = {
@@ -47,6 +56,7 @@ START_SECONDS = 150
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     spec = make_spec(options)
+    make_folder(options.out, "--out")
     with tempfile.TemporaryDirectory() as folder:
         outs = {engine: Path(folder) / f"{engine}.json" for engine in options.engines}
         specs = [replace(spec, engine=engine) for engine in options.engines]
@@ -56,15 +66,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = [json.loads(out.read_text(encoding="utf-8")) for out in outs.values() if out.is_file()]
     if not runs:
         raise UserError("no run came to its end; see the messages above.")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "learning.json"
+    is_whole = len(runs) == len(specs)
+    # An earlier comparison is not replaced by half of one.
+    path = options.out / ("learning.json" if is_whole else "learning_incomplete.json")
     path.write_text(json.dumps({"runs": runs}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(path)
-    from measure.learning_figure import draw_learning
+    if is_whole:
+        from measure.learning_figure import draw_learning
 
-    for figure in draw_learning(runs, options.out / "figures"):
-        print(figure)
+        for figure in draw_learning(runs, options.out / "figures"):
+            print(figure)
     show(runs)
+    if not is_whole:
+        sys.exit(1)
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -73,31 +87,36 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--train", dest="data", type=Path, help="JSON lines to train on; default: the corpus that this example ships")
     add("--test", action="append", default=[], metavar="NAME=FILE", help="a held-out set; may be given again")
     add("--tokenizer", type=Path, help="folder of T5's tokenizer")
-    add("--hold-out", type=int, default=300, help="training pairs kept for a test set of the same kind; 0 for none")
-    add("--max-test-pairs", type=int, default=500, help="of each file of --test")
+    add(
+        "--hold-out",
+        type=zero_or_more,
+        default=300,
+        help="training pairs kept for a test set of the same kind; 0 for none",
+    )
+    add("--max-test-pairs", type=positive, default=500, help="of each file of --test")
     add("--engines", default=f"{PLAIN},{ZERO}", type=names_of, help=f"of {', '.join(NAMES)}")
     add("--model", default="t5-small", help="preset of models.py; t5-small is trained with fewer layers, see --whole")
     add("--whole", action="store_true", help="the preset as it is")
-    add("--steps", type=int, default=4000)
-    add("--batch-size", type=int, default=256)
-    add("--eval-steps", type=int, default=250)
-    add("--learning-rate", type=float, default=1e-3)
-    add("--warmup", type=int, default=200, help="steps")
-    add("--max-length", type=int, default=96, help="tokens to which both sides are cut")
+    add("--steps", type=positive, default=4000)
+    add("--batch-size", type=positive, default=256)
+    add("--eval-steps", type=positive, default=250)
+    add("--learning-rate", type=positive_float, default=1e-3)
+    add("--warmup", type=zero_or_more, default=200, help="steps")
+    add("--max-length", type=length, default=96, help="tokens to which both sides are cut")
     add("--max-seconds", type=float, default=0.0, help="stop a run after this time; 0: never")
     add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="on a GPU; a CPU trains in fp32")
     add("--side-by-side", action="store_true", help="all engines at the same time, on the GPUs of --gpus in turn")
     add("--gpus", type=names_of, default=[], help="GPUs for --side-by-side, such as 0,1; default: all on the first")
-    add("--out", type=Path, default=RESULTS)
+    add("--out", type=Path, help="folder of learning.json; default: out/learning, with --train results/")
     add("--seed", type=int, default=42)
     options = parser.parse_args(argv)
-    unknown = set(options.engines) - set(NAMES)
-    if unknown:
-        raise UserError(f"--engines {','.join(sorted(unknown))}: there are {', '.join(NAMES)}.")
+    check_engines(options.engines, NAMES)
+    check_models([options.model], "--model")
     if options.data is not None and options.tokenizer is None:
         raise UserError("--train needs --tokenizer: the folder of a tokenizer that knows this text, such as T5's.")
     if not options.hold_out and not options.test:
         raise UserError("nothing to score: give --test NAME=FILE, or let --hold-out be more than 0.")
+    options.out = options.out or default_out(options, "learning")
     return options
 
 
@@ -105,8 +124,10 @@ def make_spec(options: argparse.Namespace) -> LearnSpec:
     tests: dict[str, str] = {}
     for item in options.test:
         name, equals, path = item.partition("=")
-        if not equals or not Path(path).is_file():
-            raise UserError(f"--test {item}: write NAME=FILE, and the file must exist.")
+        if not name or not equals:
+            raise UserError(f"--test {item}: write NAME=FILE, such as newstest2016=test.json.")
+        if not Path(path).is_file():
+            raise UserError(f"--test {item}: no such file (looked from {Path.cwd()}).")
         tests[name] = str(Path(path).resolve())
     train_file, tokenizer = find_text(options)
     return LearnSpec(
@@ -156,6 +177,8 @@ def run_together(specs: Sequence[LearnSpec], outs: dict[str, Path], options: arg
             except subprocess.TimeoutExpired:
                 code = f"none after {limit:.0f} s, ended"
                 process.kill()
+            if code == REFUSED:
+                sys.exit(REFUSED)  # it has said why; another engine would be refused for the same
             if code != 0:
                 print(f"{spec.engine}: exit code {code}", file=sys.stderr, flush=True)
     finally:

@@ -6,18 +6,18 @@ python examples/translation/report.py [--results results] [--out RESULTS.md]
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from errors import UserError, exit_code_of
+from errors import UserError, exit_code_of, make_folder, read_json
 from measure.findings import Cells, cpu_load, largest_batch, memory, speed
 from measure.findings_two import two_gpu_findings
 from measure.learned import learning_section
 from measure.rows import OK, OUT_OF_MEMORY, Row, read_rows, side_by_side
-from measure.spec import DATA_PARALLEL, DEEPSPEED, PLAIN, ZERO
+from measure.spec import CONFIG, DATA_PARALLEL, DEEPSPEED, PLAIN, ZERO
 
 HERE = Path(__file__).resolve().parent
 FRAME = HERE / "results_frame.md"
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     options = parser.parse_args(argv)
+    make_folder(options.out.parent, "--out, folder")
     csv = options.results / "sweep.csv"
     if not csv.is_file():
         raise UserError(f"{csv}: nothing was measured yet. Run experiments.py first; this page is made of its numbers.")
@@ -58,19 +59,23 @@ def write_page(rows: Sequence[Row], results: Path, frame: str, page_dir: Path) -
     if not cells.models():
         raise UserError("no model was measured both with and without the engine: there is nothing to compare.")
     learning = results / "learning.json"
+    where = link(results, page_dir)
     fillings = {
+        "results": where,
+        "config": link(CONFIG, page_dir),
         "conditions": conditions(rows, results / "sweep.json"),
         "scaling": scaling(rows),
         "findings": "\n\n".join(finding(cells) for finding in (memory, largest_batch, cpu_load, speed)),
         "two_gpus": "\n\n".join(two_gpu_findings(cells, two)),
         "figures": figures(results / "figures", page_dir),
         "tables": "\n\n".join(table(some, model) for some in (cells, two) for model in some.models()),
-        "learning": learning_section(json.loads(learning.read_text(encoding="utf-8"))) if learning.is_file() else "",
+        "learning": learning_section(read_json(learning), f"{where}/figures") if learning.is_file() else "",
     }
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: fillings.pop(match[1], match[0]), frame)
-    if "{{" in page or fillings:
-        raise UserError(f"{FRAME.name}: its places and what report.py fills do not agree: {sorted(fillings)}")
-    return page
+    places = set(re.findall(r"\{\{(\w+)\}\}", frame))
+    if places != set(fillings):
+        wrong = ", ".join(sorted(places ^ set(fillings)))
+        raise UserError(f"{FRAME.name}: its places and what report.py fills do not agree: {wrong}.")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: fillings[match[1]], frame)
 
 
 def conditions(rows: Sequence[Row], machine_file: Path) -> str:
@@ -81,11 +86,14 @@ def conditions(rows: Sequence[Row], machine_file: Path) -> str:
         mine = [row for row in good if row.num_gpus == number]
         devices = " or ".join(sorted({row.device for row in mine}))
         cores = " or ".join(sorted({f"{row.num_cores:g}" for row in mine if row.num_cores}))
+        if devices == "cpu":
+            lines.append(f"No GPU: {number} process{'es' if number > 1 else ''} on a processor of {cores or '?'} cores")
+            continue
         lines.append(
             f"{WORDS.get(number, number)} GPU{'s' if number > 1 else ''}: {devices}, with {cores or '?'} host cores"
         )
     if machine_file.is_file():
-        facts = json.loads(machine_file.read_text(encoding="utf-8"))["machines"][-1]
+        facts = read_json(machine_file)["machines"][-1]
         names = ("torch", "transformers", "accelerate", "deepspeed")
         # Under this engine "deepspeed" is its own stand-in, whose version says so.
         known = {name: facts[name] for name in names if facts.get(name) and "+hfzero" not in facts[name]}
@@ -187,9 +195,15 @@ def _ratio(cells: Cells, model: str, batch: int, name: str) -> str:
 def figures(folder: Path, page_dir: Path) -> str:
     found = [(name, text) for name, text in FIGURES.items() if (folder / f"{name}.png").is_file()]
     if not found:
-        raise UserError(f"{folder}: no figures. Run figures.py first.")
-    where = folder.resolve().relative_to(page_dir.resolve()).as_posix()
+        csv = folder.parent / "sweep.csv"
+        raise UserError(f"{folder}: no figures. Run figures.py --csv {csv} --out {folder} first.")
+    where = link(folder, page_dir)
     return "\n\n".join(f"![{text}]({where}/{name}.png)\n\n{text}" for name, text in found)
+
+
+def link(path: Path, page_dir: Path) -> str:
+    """``path`` as the page names it."""
+    return Path(os.path.relpath(path.resolve(), page_dir.resolve())).as_posix()
 
 
 if __name__ == "__main__":

@@ -12,5 +12,7 @@
     child.py   following such a process, reading its results, surviving its death
     launch.py  the processes themselves, one a rank; limit.py, the time limit of a sweep
     findings.py, findings_two.py    the article's findings held against the rows, with one GPU and with two
-    progress.py, learn.py, learning_figure.py    the live table; the process of ../learning.py; its figure
+    progress.py, panels.py                  the live table; what the figures are drawn with
+    learn.py, learned.py, learning_figure.py    the process of ../learning.py; what it shows, in words and drawn
+    options.py, alike.py    what command lines may say; what may stand in one CSV
 """

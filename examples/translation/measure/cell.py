@@ -3,8 +3,8 @@
     python -m measure.cell '{"model": "t5-small", "engine": "plain", "batches": [1, 2], ...}'
 
 Every cell is the unmodified Seq2SeqTrainer. What it finds goes to standard output, one line each: MACHINE, then
-STARTED and RESULT for every batch size. Any other line is the Trainer's. Under a launcher every rank trains and rank 0
-speaks for all.
+STARTED and RESULT for every batch size; or REFUSED, if no cell can be measured with what was given. Any other line is
+the Trainer's. Under a launcher every rank trains and rank 0 speaks for all.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from errors import UserError
 
 from measure.rows import OUT_OF_MEMORY, Row
 from measure.spec import CONFIG, MAX_MEASURED, NUM_WARMUP, TRAINER_ALONE, ZERO, Spec
@@ -41,13 +43,14 @@ def main() -> None:
 
     from measure.usage import gpus_of
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        if spec.gpu_memory_limit_gib:
-            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, spec.gpu_memory_limit_gib * 2**30 / total))
-    say("MACHINE", describe_machine())
-    materials = Materials(spec)
+    try:
+        choose_gpu(spec)
+        say("MACHINE", describe_machine())
+        materials = Materials(spec)
+    except UserError as error:
+        say("REFUSED", {"message": str(error)})
+        sys.stdout.flush()
+        os._exit(2)
     for batch_size in spec.batches:
         say("STARTED", {"batch_size": batch_size})
         say("RESULT", asdict(measure(spec, batch_size, materials)))
@@ -65,6 +68,29 @@ def main() -> None:
 def say(word: str, content: dict[str, Any]) -> None:
     if int(os.environ.get("RANK", "0")) == 0 or content.get("status") == OUT_OF_MEMORY:
         print(f"\n{word} {json.dumps(content)}", flush=True)
+
+
+def choose_gpu(spec: Spec) -> None:
+    """This rank's GPU becomes the current one; a limit of its memory is set.
+
+    Raises:
+        UserError: there are fewer GPUs than asked for. Without any, ranks train on the processor, if none was named.
+    """
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found < spec.num_gpus and (found or spec.gpus):
+        named = f"--gpus {spec.gpus}" if spec.gpus else f"--num-gpus {spec.num_gpus}"
+        raise UserError(
+            f"{named}: {found or 'no'} GPU{'s' if found != 1 else ''} can be seen of {spec.num_gpus} wanted."
+        )
+    if spec.gpu_memory_limit_gib and not found:
+        raise UserError("--gpu-memory-gib: there is no GPU whose memory could be limited.")
+    if found:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if spec.gpu_memory_limit_gib:
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, spec.gpu_memory_limit_gib * 2**30 / total))
 
 
 def describe_machine() -> dict[str, Any]:
@@ -101,12 +127,12 @@ class Materials:
 
     def __init__(self, spec: Spec) -> None:
         import torch
-        from models import PRESETS
-        from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, set_seed
+        from presets import PRESETS
+        from transformers import T5Config, T5ForConditionalGeneration, set_seed
 
         from measure import texts
 
-        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
+        tokenizer = texts.load_tokenizer(spec.tokenizer)
         texts.check_vocabulary(tokenizer, PRESETS[spec.model], spec.model)
         pairs = texts.read_pairs(Path(spec.train_file), spec.num_samples)
         self.pairs = texts.tokenised(pairs, tokenizer, spec.max_length)

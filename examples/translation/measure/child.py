@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import sys
 import tempfile
 import threading
@@ -11,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
+
+from errors import UserError
 
 from measure.launch import Ranks
 from measure.limit import SweepOver, TimeLimit
@@ -36,6 +39,9 @@ def run_process(spec: Spec, events: Events, limit: TimeLimit) -> list[int]:
     Returns:
         Batch sizes that it did not come to. The one at which it died or was silent for too long is reported as a row;
         all of them are if it died while it was set up. The end of ``limit`` is no result: nothing is reported.
+
+    Raises:
+        UserError: the process has refused what it was given: text, tokenizer, GPUs. No cell is at fault.
     """
     waiting = list(spec.batches)
     current: int | None = None
@@ -47,6 +53,8 @@ def run_process(spec: Spec, events: Events, limit: TimeLimit) -> list[int]:
                 word, _, rest = line.partition(" ")
                 if word == "MACHINE":
                     events.machine(json.loads(rest))
+                elif word == "REFUSED":
+                    raise UserError(str(json.loads(rest)["message"]))
                 elif word == "STARTED":
                     current = int(json.loads(rest)["batch_size"])
                     events.started(spec, current)
@@ -61,7 +69,8 @@ def run_process(spec: Spec, events: Events, limit: TimeLimit) -> list[int]:
                 else:
                     tail.append(line)
             code = ranks.wait(timeout_s=30)
-            reason, status = f"exit code {code}", FAILED
+            killed = " (killed; by the kernel, if host memory ran out)" if code == -signal.SIGKILL else ""
+            reason, status = f"exit code {code}{killed}", FAILED
         except TimeoutError as error:
             reason, status, code = str(error), TIMED_OUT, -1
         except SweepOver:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errors import UserError
+
 from measure.spec import CONFIG, PLAIN, ZERO
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 NUM_EXAMPLES = 3
 TRANSLATE_BATCH = 512
+REFUSED = 2
+"""Exit code: what was given cannot be learned from."""
 SCHEDULE_STEPS = 1000
 """Steps after which the learning rate is down by a third; the schedule's own default would end it sooner."""
 
@@ -62,7 +66,11 @@ def main() -> None:
         import hf_zero_plugin
 
         hf_zero_plugin.activate()
-    result = learn(spec)
+    try:
+        result = learn(spec)
+    except UserError as error:
+        print(f"learning.py: error: {error}", file=sys.stderr, flush=True)
+        os._exit(REFUSED)
     draft = out.with_suffix(".new")
     draft.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, out)
@@ -72,13 +80,13 @@ def main() -> None:
 
 def learn(spec: LearnSpec) -> dict[str, Any]:
     import torch
-    from models import PRESETS
-    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, set_seed
+    from presets import PRESETS
+    from transformers import T5Config, T5ForConditionalGeneration, set_seed
 
     from measure import texts
     from measure.cell import describe_machine
 
-    tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
+    tokenizer = texts.load_tokenizer(spec.tokenizer)
     texts.check_vocabulary(tokenizer, PRESETS[spec.preset], spec.preset)
     train, tests = read_splits(spec)
     set_seed(spec.seed)
@@ -128,6 +136,8 @@ def read_splits(spec: LearnSpec) -> tuple[list[Pair], dict[str, list[Pair]]]:
         # First: it is the one that shows most, and examples are taken from the first.
         own = list({pair.source: pair for pair in pairs[: spec.hold_out]}.values())
         tests = {"held out of the training text": own, **tests}
+    if len(held_out) == len({pair.source for pair in pairs}):
+        raise UserError(f"{spec.train_file}: all of its {len(pairs)} pairs are held out; lower --hold-out.")
     unseen = held_out | {pair.source for test in tests.values() for pair in test}
     return [pair for pair in pairs if pair.source not in unseen], tests
 

@@ -44,8 +44,12 @@ def distance(plain: dict[str, Any], ours: dict[str, Any]) -> Distance:
     return Distance(statistics.fmean(gaps) if gaps else float("nan"), len(both), max(scores, default=float("nan")))
 
 
-def learning_section(learned: dict[str, Any]) -> str:
-    """Markdown: loss, BLEU and translations of the runs, and how far the curves are apart."""
+def learning_section(learned: dict[str, Any], figures: str = "results/figures") -> str:
+    """Markdown: loss, BLEU and translations of the runs, and how far the curves are apart.
+
+    Args:
+        figures: the folder of the figures as the page names it.
+    """
     runs = {run["engine"]: run for run in learned["runs"]}
     first = next(iter(runs.values()))
     device = first.get("machine", {}).get("device", "")
@@ -56,15 +60,10 @@ def learning_section(learned: dict[str, Any]) -> str:
         "schedule. BLEU is sacrebleu's, of greedy translations, diacritics normalised to the comma below, on sentences "
         "that were not trained on."
     )
-    sets = list(first["bleu"])
-    lines += ["", "| | steps | last loss | " + " | ".join(f"BLEU, {name}" for name in sets) + " |"]
-    lines.append("|---" * (3 + len(sets)) + "|")
-    for engine, run in runs.items():
-        scores = [f"{run['bleu'][name][-1][1]:.1f}" for name in sets]
-        lines.append(f"| {NAMES[engine]} | {run['steps']:,} | {run['loss'][-1][1]:.3f} | " + " | ".join(scores) + " |")
+    lines += ["", *_table(runs)]
     if PLAIN in runs and ZERO in runs:
         lines += ["", _same(distance(runs[PLAIN], runs[ZERO]))]
-    lines += ["", "![Loss and BLEU over steps](results/figures/learning.png)", ""]
+    lines += ["", f"![Loss and BLEU over steps]({figures}/learning.png)", ""]
     shown = runs.get(ZERO, first)
     lines.append(f"Translations at the end of the run of {NAMES[shown['engine']]}:")
     lines.append("")
@@ -72,6 +71,25 @@ def learning_section(learned: dict[str, Any]) -> str:
         lines += [f"- {example['source']}", f"  - translated: {example['translation']}"]
         lines.append(f"  - reference: {example['reference']}")
     return "\n".join(lines) + "\n"
+
+
+def _table(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """A line an engine. Runs cut short by a time limit are compared at the last step that all of them have reached."""
+    heads, columns = ["", "steps"], [[NAMES[engine], f"{run['steps']:,}"] for engine, run in runs.items()]
+    curves = {"loss": ([run["loss"] for run in runs.values()], ".3f")}
+    for name in next(iter(runs.values()))["bleu"]:
+        curves[f"BLEU, {name}"] = ([run["bleu"][name] for run in runs.values()], ".1f")
+    for what, (found, form) in curves.items():
+        common = set.intersection(*({step for step, _ in curve} for curve in found))
+        if common:
+            heads.append(f"{what}, at step {max(common):,}")
+            for column, curve in zip(columns, found):
+                column.append(f"{dict(map(tuple, curve))[max(common)]:{form}}")
+        if {curve[-1][0] for curve in found} != {max(common, default=None)}:
+            heads.append(f"{what}, at its end")
+            for column, curve in zip(columns, found):
+                column.append(f"{curve[-1][1]:{form}}")
+    return ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *columns)]
 
 
 def _same(apart: Distance) -> str:

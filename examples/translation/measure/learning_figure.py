@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from figures import FONT, STYLES, plt, save
+from measure.panels import FONT, STYLES, plt, save
 
 
 def draw_learning(runs: Sequence[dict[str, Any]], out: Path) -> list[Path]:
@@ -14,7 +14,8 @@ def draw_learning(runs: Sequence[dict[str, Any]], out: Path) -> list[Path]:
     names = list(runs[0]["bleu"])
     out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(FONT):
-        figure, panels = plt.subplots(1, 1 + len(names), figsize=(4.6 * (1 + len(names)), 4.2), layout="constrained")
+        size = 4.6 * (1 + len(names)), 4.2
+        figure, panels = plt.subplots(1, 1 + len(names), figsize=size, sharex=True, layout="constrained")
         for place, run in enumerate(runs):
             style = STYLES[run["engine"]]
             look: dict[str, Any] = {
@@ -37,9 +38,11 @@ def draw_learning(runs: Sequence[dict[str, Any]], out: Path) -> list[Path]:
             axes.grid(True, color="#dddddd", linewidth=0.8)
             axes.set_axisbelow(True)
         first = runs[0]
+        device = first.get("machine", {}).get("device", "")
         figure.suptitle(
             f"Learning to translate English to Romanian from random weights\n{first['num_parameters'] / 1e6:.0f} M "
-            f"parameters, {first['num_train_pairs']:,} pairs, batch {first['batch_size']}, {first['precision']}",
+            f"parameters, {first['num_train_pairs']:,} pairs, batch {first['batch_size']}, {first['precision']}"
+            f"{f', {device}' if device else ''}",
             fontsize=12,
         )
         handles, labels = panels[0].get_legend_handles_labels()

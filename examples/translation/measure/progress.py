@@ -12,6 +12,8 @@ from measure.spec import Spec
 HEADINGS = ("model", "engine", "GPUs", "batch", "GPU GiB", "CPU %", "step ms", "epoch s", "steps", "loss")
 WIDTHS = (8, 13, 4, 5, 7, 5, 7, 8, 8, 6)
 """Together, and with a space between two, 80 columns."""
+NUM_OTHER_LINES = 8
+"""Title, headings, the line below, and some for cells whose status takes two lines."""
 
 
 class Progress:
@@ -20,22 +22,34 @@ class Progress:
     def __init__(self, rows: dict[Key, Row]) -> None:
         self._rows = rows
         self._running: dict[tuple[str, str], int] = {}
+        self._said: set[str] = set()
         self._live: Any = None
         if sys.stdout.isatty():
             from rich.live import Live
 
-            self._live = Live(self._table(), auto_refresh=False)
+            self._live = Live(auto_refresh=False)
 
     def __enter__(self) -> Progress:
         if self._live is not None:
             self._live.start()
+            self._refresh()
+        else:
+            print("  ".join(text.rjust(width) for text, width in zip(HEADINGS, WIDTHS)), flush=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
+            self._live.vertical_overflow = "visible"  # the last picture may scroll, so it shows all
+            self._live.update(self._table(), refresh=True)
             self._live.stop()
+
+    def say_once(self, text: str) -> None:
+        """A line above the table, however often it is said."""
+        if text not in self._said:
+            self._said.add(text)
+            print(text, file=sys.stderr, flush=True)
 
     def cell_started(self, spec: Spec, batch_size: int) -> None:
         self._running[spec.model, spec.engine] = batch_size
@@ -49,16 +63,25 @@ class Progress:
 
     def _refresh(self) -> None:
         if self._live is not None:
-            self._live.update(self._table(), refresh=True)
+            # What does not fit the screen is cut off below, and what is measured now stands there.
+            room = self._live.console.height - NUM_OTHER_LINES - len(self._running)
+            self._live.update(self._table(max(1, room)), refresh=True)
 
-    def _table(self) -> Any:
+    def _table(self, num_rows: int | None = None) -> Any:
+        """The last ``num_rows`` cells and those that are being measured; None means all."""
         from rich.table import Table
 
-        table = Table(title="GPU memory, processor and time over batch size", title_justify="left", box=None)
+        rows = list(self._rows.values())
+        shown = rows if num_rows is None else rows[-num_rows:]
+
+        title = "GPU memory, processor, time over batch size (~: scaled from measured steps)"
+        if len(shown) < len(rows):
+            title += f"\n{len(rows) - len(shown)} cells above"
+        table = Table(title=title, title_justify="left", box=None)
         table.padding = (0, 1, 0, 0)
         for number, (heading, width) in enumerate(zip(HEADINGS, WIDTHS)):
             table.add_column(heading, justify="left" if number < 2 else "right", width=width)
-        for row in self._rows.values():
+        for row in shown:
             table.add_row(*_cells(row), style="" if row.status == OK else "yellow")
         for (model, engine), batch_size in self._running.items():
             table.add_row(model, engine, "", str(batch_size), "...", style="dim")

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+from errors import UserError
+
 OK, OUT_OF_MEMORY, FAILED, TIMED_OUT = "ok", "out of memory", "failed", "timed out"
+STATUSES = (OK, OUT_OF_MEMORY, FAILED, TIMED_OUT)
 SETTLED = (OK, OUT_OF_MEMORY)
 """Status of a cell that need not be measured again: running out of memory is a result."""
 
@@ -123,8 +126,8 @@ def _parse(name: str, text: str) -> Any:
     if kind is str:
         return text
     if kind is bool:
-        return text == "True"
-    if not text:
+        return {"True": True, "False": False}[text]
+    if not text and kind not in (int, float):
         return None
     return int(text) if kind in (int, int | None) else float(text)
 
@@ -140,16 +143,46 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it lacks columns, so it is of another version.
+        UserError: it is not a file of this sweep, or a line is damaged; the message has its number.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = {"model", "engine", "batch_size", "status"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path}: not a file of this sweep, it has no column {', '.join(sorted(missing))}.")
-        rows = [Row(**{name: _parse(name, text) for name, text in line.items() if name in _TYPES}) for line in reader]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = csv.reader(file)
+            columns = next(lines, [])
+            _check_columns(path, columns)
+            rows = [_row_of(path, lines.line_num, columns, line) for line in lines if line]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({error}). Restore it, or name another.") from error
     newest = {row.key: row for row in rows}
     return list(newest.values())
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    missing = [name for name in ("model", "engine", "batch_size", "status") if name not in columns]
+    if missing:
+        found = f"it begins with {', '.join(columns)[:60]}" if columns else "it is empty"
+        raise UserError(f"{path}: not a file of this sweep, it has no column {', '.join(missing)}; {found}.")
+    unknown = [name for name in columns if name not in _TYPES]
+    if unknown:
+        # Reading past them would lose them when the file is written again.
+        raise UserError(f"{path}: unknown columns {', '.join(unknown)}. Another version wrote it, or another program.")
+
+
+def _row_of(path: Path, number: int, columns: list[str], line: list[str]) -> Row:
+    mend = "The file was left as it is. Restore this line, or delete it: its cell is then measured again."
+    if len(line) != len(columns):
+        raise UserError(f"{path}, line {number}: {len(line)} values for {len(columns)} columns, cut short? {mend}")
+    values = {}
+    for name, text in zip(columns, line):
+        try:
+            values[name] = _parse(name, text)
+        except (ValueError, KeyError):
+            raise UserError(f"{path}, line {number}, column {name}: {text!r} is not a value for it. {mend}") from None
+    if values["status"] not in STATUSES:
+        raise UserError(
+            f"{path}, line {number}, column status: {values['status']!r} is none of {', '.join(STATUSES)}. {mend}"
+        )
+    return Row(**values)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -8,12 +8,12 @@ matrix shape that is new costs the host about as much as the step itself, and in
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from data import Pair, PairCollator, TokenisedPairs, to_comma_below, tokenise
+from data import SHAPE_OF_A_LINE, Pair, PairCollator, TokenisedPairs, iter_json_lines, to_comma_below, tokenise
+from errors import UserError
 from metrics import IGNORED_LABEL
 from torch.utils.data import Dataset
 
@@ -44,23 +44,47 @@ class Chosen(Dataset[dict[str, list[int]]]):
 
 
 def read_pairs(path: Path, max_pairs: int | None = None, *, comma_below: bool = False) -> list[Pair]:
-    """Usable pairs of a file of JSON lines, in order."""
+    """Usable pairs of a file of JSON lines, in order.
+
+    Raises:
+        UserError: a line is damaged or lacks a language, or no pair is usable.
+    """
     pairs: list[Pair] = []
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if max_pairs is not None and len(pairs) >= max_pairs:
-                break
-            row = json.loads(line)["translation"]
-            source, target = row["en"].strip(), row["ro"].strip()
-            if source and target:
-                pairs.append(Pair(source, to_comma_below(target) if comma_below else target))
+    for number, row in enumerate(iter_json_lines(path), start=1):
+        if max_pairs is not None and len(pairs) >= max_pairs:
+            break
+        texts = [row.get(language) for language in ("en", "ro")]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{path}, pair {number}: needs text in 'en' and 'ro', has {', '.join(row) or 'nothing'}. "
+                f"Every line must look like {SHAPE_OF_A_LINE}."
+            )
+        source, target = (str(text).strip() for text in texts)
+        if source and target:
+            pairs.append(Pair(source, to_comma_below(target) if comma_below else target))
+    if not pairs:
+        raise UserError(f"{path}: no usable pair in it. Every line must look like {SHAPE_OF_A_LINE}.")
     return pairs
 
 
+def load_tokenizer(folder: str) -> Any:
+    """Raises UserError: the folder holds none that transformers can load."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers, tokenizers and json each have their own
+        reason = str(error).strip().splitlines() or ["no further message"]
+        raise UserError(f"--tokenizer {folder}: cannot be loaded: {type(error).__name__}: {reason[0]}") from error
+
+
 def check_vocabulary(tokenizer: Any, preset: dict[str, Any], name: str) -> None:
-    """Raises SystemExit, with a message: the model has no row for some tokens."""
+    """Raises UserError: the model has no row for some tokens."""
     if len(tokenizer) > preset["vocab_size"]:
-        raise SystemExit(f"--tokenizer has {len(tokenizer):,} tokens, {name} knows {preset['vocab_size']:,}.")
+        raise UserError(
+            f"--tokenizer has {len(tokenizer):,} tokens, {name} knows {preset['vocab_size']:,}. "
+            "Take another tokenizer or another model."
+        )
 
 
 def tokenised(pairs: list[Pair], tokenizer: Any, max_length: int) -> TokenisedPairs:
