@@ -17,6 +17,7 @@ log, and so to the history and to every reporter (TensorBoard...), is told in ``
 from __future__ import annotations
 
 import gc
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +41,8 @@ LOGGED = {
     "step_ms": "milliseconds a step, mean since the last entry",
     "tokens_per_second": "of all ranks, padding included",
     "mfu": "model FLOP utilisation: share of the device's peak, where that is known",
-    "hidden_share": "part of the offloaded update that cost no time",
-    "wait_ms": "what it did cost: the model stood still, waiting for weights",
+    "hidden_share": "part of the offloaded update that cost no time, mean since the last entry",
+    "wait_ms": "what it did cost: milliseconds a step that the model stood still, waiting for weights",
     "gpu_memory_gib": "peak of allocated GPU memory so far",
     "host_memory_gib": "resident memory of this process",
     "device/KIND_gib, host/KIND_gib": "of this rank of the engine: device/weights_gib, host/moments_gib...",
@@ -49,6 +50,8 @@ LOGGED = {
     "skipped_steps": "so far, because a gradient was inf or nan",
 }
 """Key in the log -> meaning. A key is left out where there is nothing to tell."""
+EXACT = ("loss_scale", "skipped_steps")
+"""Not rounded: a power of two, and a number of steps."""
 POSTFIX_SECONDS = 0.5
 
 
@@ -67,7 +70,7 @@ class ZeroCallback(TrainerCallback):
 
     def __init__(
         self,
-        config: str | dict[str, Any] | None = None,
+        config: str | os.PathLike[str] | dict[str, Any] | None = None,
         args: TrainingArguments | None = None,
         *,
         show_summary: bool = True,
@@ -75,9 +78,14 @@ class ZeroCallback(TrainerCallback):
         if (config is None) != (args is None):
             missing = "args" if args is None else "config"
             raise TypeError(f"ZeroCallback: {missing} is missing; give config and args, or neither to only watch.")
+        if config is not None and not (isinstance(config, (str, os.PathLike, dict)) and hasattr(args, "deepspeed")):
+            raise TypeError(
+                "ZeroCallback(config, args): config is a path or a dict and args are the TrainingArguments, "
+                f"not {type(config).__name__} and {type(args).__name__}."
+            )
         self._args = args
         if config is not None and args is not None:
-            prepare_arguments(args, config)
+            prepare_arguments(args, config if isinstance(config, dict) else os.fspath(config))
         self.show_summary = show_summary
         self.summary: Summary | None = None
         """Of the last training; shows itself in a terminal and in a notebook."""
@@ -135,6 +143,9 @@ class ZeroCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._monitor.step_ends()
+        report = self._engine.last_step_report() if self._engine is not None else {}
+        if "hidden_share" in report:
+            self._monitor.update_timed(report["hidden_share"], report.get("wait_ms", 0.0))
         if self._engine is None and self._trainer is not None:
             self._skipped += bool(self._trainer.accelerator.optimizer_step_was_skipped)
         now = time.perf_counter()
@@ -156,9 +167,8 @@ class ZeroCallback(TrainerCallback):
         parts = [f"{1000 * window.seconds / window.num_steps:.0f} ms/step"]
         if window.num_tokens:
             parts.append(f"{window.num_tokens * args.world_size / window.seconds:,.0f} tok/s")
-        report = self._engine.last_step_report() if self._engine is not None else {}
-        if "hidden_share" in report:
-            parts.append(f"hidden {report['hidden_share']:.0%}")
+        if window.num_updates:
+            parts.append(f"hidden {window.hidden_share / window.num_updates:.0%}")
         if self._monitor.is_cuda:
             parts.append(f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB")
         utilisation = self._monitor.utilisation(window)
@@ -191,7 +201,7 @@ class ZeroCallback(TrainerCallback):
         if not window.num_steps:
             return
         found = {**self._values(args, window), **self._memory_by_kind()}
-        values = {name: float(f"{value:.5g}") for name, value in found.items()}
+        values = {name: value if name in EXACT else float(f"{value:.5g}") for name, value in found.items()}
         logs.update(values)
         # The Trainer has copied the entry into its history already.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -204,10 +214,9 @@ class ZeroCallback(TrainerCallback):
         if window.num_tokens and window.seconds > 0:
             values["tokens_per_second"] = window.num_tokens * args.world_size / window.seconds
         values["mfu"] = self._monitor.utilisation(window)
-        if self._engine is not None:
-            report = self._engine.last_step_report()
-            if "hidden_share" in report:
-                values["hidden_share"], values["wait_ms"] = report["hidden_share"], report.get("wait_ms", 0.0)
+        if window.num_updates:
+            values["hidden_share"] = window.hidden_share / window.num_updates
+            values["wait_ms"] = window.wait_ms / window.num_updates
         if self._monitor.is_cuda:
             values["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / GIB
         values["host_memory_gib"] = self._monitor.host_bytes() / GIB
@@ -281,7 +290,9 @@ SUMMARY_FORMS = {
 
 
 def _bytes(size: int) -> str:
-    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
+    if size >= GIB:
+        return f"{size / GIB:,.2f} GiB"
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
 
 
 def _trainer_with(callback: TrainerCallback) -> Trainer | None:

@@ -55,12 +55,19 @@ class Usage:
     num_steps: int = 0
     num_tokens: int = 0
     flops: float = 0.0
+    num_updates: int = 0
+    """Steps whose offloaded update was timed; the two that follow are sums over them."""
+    hidden_share: float = 0.0
+    wait_ms: float = 0.0
 
     def __iadd__(self, other: Usage) -> Usage:
         self.seconds += other.seconds
         self.num_steps += other.num_steps
         self.num_tokens += other.num_tokens
         self.flops += other.flops
+        self.num_updates += other.num_updates
+        self.hidden_share += other.hidden_share
+        self.wait_ms += other.wait_ms
         return self
 
 
@@ -115,6 +122,12 @@ class Monitor:
         self._window.seconds += now - (self._started if self._started is not None else now)
         self._window.num_steps += 1
         self._started = now
+
+    def update_timed(self, hidden_share: float, wait_ms: float) -> None:
+        """What the engine says of a step's offloaded update."""
+        self._window.num_updates += 1
+        self._window.hidden_share += hidden_share
+        self._window.wait_ms += wait_ms
 
     def pause(self) -> None:
         """What follows until the next step is not training: evaluation, saving."""

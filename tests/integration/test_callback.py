@@ -125,6 +125,30 @@ def test_reporters_and_history_get_the_same_values(enabled: dict[str, Any]) -> N
 
 
 @pytest.mark.slow
+def test_loss_scale_and_skipped_steps_are_told_as_they_are() -> None:
+    """Every step overflows and halves a scale of 2^40; the history has the exact powers, not rounded ones."""
+    out = _play(
+        """
+        from pathlib import Path
+        config = json.loads(Path(CONFIG).read_text())
+        config["fp16"]["initial_scale_power"], config["fp16"]["hysteresis"] = 40, 1
+        args = arguments(fp16=True)
+        callback, reporter = ZeroCallback(config, args), Reporter()
+        trainer = Trainer(model=model(), args=args, train_dataset=rows, callbacks=[callback, reporter])
+        trainer.train()
+        wanted = ("loss_scale", "skipped_steps")
+        for name, entries in (("history", trainer.state.log_history), ("reported", reporter.seen)):
+            out[name] = [[entry[key] for key in wanted] for entry in entries if "loss" in entry]
+        out["summary"] = str(callback.summary)
+        """
+    )
+    assert out["history"] == [[2.0 ** (40 - skipped), skipped] for skipped in (2, 4, 6)]
+    assert out["reported"] == out["history"]
+    assert "6 (6 skipped)" in out["summary"]
+    assert "loss scale" in out["summary"]
+
+
+@pytest.mark.slow
 def test_summary_and_progress_bar_are_shown(enabled: dict[str, Any]) -> None:
     assert "ZeRO stage 2, optimizer states on cpu" in enabled["printed"]
     assert "milliseconds a step" in enabled["summary"]
@@ -158,7 +182,7 @@ def test_too_late_is_told_and_the_stock_trainer_can_be_watched() -> None:
         unrelated = arguments()
         ZeroCallback(CONFIG, unrelated)
         out["own_config"] = fails(lambda: ZeroCallback({"zero_optimization": {"stage": 1}}, unrelated))
-        for given in ({"config": CONFIG}, {"args": args}):
+        for given in ({"config": CONFIG}, {"args": args}, {"config": args, "args": CONFIG}):
             try:
                 ZeroCallback(**given)
             except TypeError as error:
@@ -174,7 +198,8 @@ def test_too_late_is_told_and_the_stock_trainer_can_be_watched() -> None:
     assert "other TrainingArguments" in out["other_args"]
     assert "came too late" in out["added_late"]
     assert "another one" in out["own_config"]
-    assert ["args is missing" in half or "config is missing" in half for half in out["halves"]] == [True, True]
+    assert ["args is missing" in half or "config is missing" in half for half in out["halves"][:2]] == [True, True]
+    assert "not TrainingArguments and str" in out["halves"][2]
 
 
 @pytest.mark.slow
@@ -236,8 +261,20 @@ def test_monitor_counts_training_tokens_only() -> None:
     assert (window.num_steps, window.num_tokens, window.flops) == (1, 15, 6 * 16 * 15)
     assert monitor.take_window().num_steps == 0
     assert monitor.total.num_tokens == 15
-    assert monitor.utilisation(window) is None
+    assert monitor.utilisation(window) is None, "a peak that is not known"
+    monitor.peak, window.seconds = 1000.0, 2.0
+    assert monitor.utilisation(window) == 6 * 16 * 15 / 2.0 / 1000.0
     assert not model._forward_pre_hooks
+
+
+def test_hidden_share_is_a_mean_over_the_steps_of_an_entry() -> None:
+    monitor = Monitor()
+    for shares in ([0.5, 1.0], [0.0]):
+        for share in shares:
+            monitor.update_timed(share, 10 * share)
+        window = monitor.take_window()
+        assert (window.num_updates, window.hidden_share) == (len(shares), sum(shares))
+    assert (monitor.total.num_updates, monitor.total.hidden_share, monitor.total.wait_ms) == (3, 1.5, 15.0)
 
 
 def test_summary_escapes_and_skips_what_is_not_there() -> None:
