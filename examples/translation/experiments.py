@@ -198,6 +198,11 @@ class Sweep:
         # A cell that failed in an earlier run waits for --retry; one that fails in this run is tried once more, alone.
         before = {key for key, row in self.rows.items() if row.status in SETTLED or not self.options.retry}
         is_interrupted = False
+        if not self._plan(before, grouped=True):
+            devices = ", ".join(sorted({row.device for row in self.rows.values() if row.device})) or "no device"
+            print(
+                f"Nothing to measure: every cell asked for is in {self.csv}, from {devices}. For others: --out FOLDER"
+            )
         try:
             with self.progress:
                 self._run_all(self._plan(before, grouped=self.options.group))
@@ -219,7 +224,7 @@ class Sweep:
             sys.exit(1)
 
     def _say_what_next(self) -> None:
-        example = Path(os.path.relpath(HERE))
+        example = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
         where = (
             f" --csv {self.csv} --out {self.out / 'figures'}",
             f" --results {self.out} --out {self.out / 'RESULTS.md'}",

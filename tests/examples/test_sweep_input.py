@@ -170,6 +170,15 @@ def test_cells_measured_otherwise_are_not_mixed(tmp_path: Path, workspace: Works
     assert (tmp_path / "sweep.csv").read_bytes() == before
 
 
+def test_a_sweep_with_nothing_to_measure_says_where_its_cells_are_from(
+    tmp_path: Path, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "sweep.csv", [row("t5-demo", engine, 1) for engine in (PLAIN, ZERO)])
+    experiments.main([*_demo_arguments(workspace), "--out", str(tmp_path), "--batches", "1"])
+    assert "Nothing to measure: every cell asked for is in" in (out := capsys.readouterr().out)
+    assert "from NVIDIA H200. For others: --out FOLDER" in out
+
+
 def test_cells_of_another_device_are_not_mixed(tmp_path: Path) -> None:
     csv, rows = tmp_path / "sweep.csv", [row("t5-small", PLAIN, 1)]
     check_device(csv, rows, {"device": "NVIDIA H200", "num_visible_gpus": 2})
@@ -225,13 +234,13 @@ def test_gpus_that_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     spec = Spec(model="m", engine=PLAIN, batches=[1], train_file="", tokenizer="")
     cell.choose_gpu(spec)
     cell.choose_gpu(dataclasses.replace(spec, num_gpus=2))  # two processes on the processor
-    with pytest.raises(UserError, match="--gpus 7: no GPUs can be seen of 1 wanted"):
+    with pytest.raises(UserError, match="--gpus 7: 1 wanted, none can be seen"):
         cell.choose_gpu(dataclasses.replace(spec, gpus="7"))
     with pytest.raises(UserError, match="--gpu-memory-gib: there is no GPU"):
         cell.choose_gpu(dataclasses.replace(spec, gpu_memory_limit_gib=16.0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="--num-gpus 2: 1 GPU can be seen of 2 wanted"):
+    with pytest.raises(UserError, match="--num-gpus 2: 2 wanted, 1 can be seen"):
         cell.choose_gpu(dataclasses.replace(spec, num_gpus=2))
 
 
@@ -286,7 +295,7 @@ def test_what_a_process_refuses_ends_the_sweep_with_code_2(workspace: Workspace,
     process = _sweep_process(workspace, tmp_path, "--gpus", "nothing")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert err.splitlines()[-1].startswith("experiments.py: error: --gpus nothing: no GPUs can be seen")
+    assert err.splitlines()[-1].startswith("experiments.py: error: --gpus nothing: 1 wanted, none can be seen")
     assert "Traceback" not in err
     assert not (tmp_path / "sweep.csv").exists(), "no cell is at fault"
 

@@ -81,9 +81,7 @@ def choose_gpu(spec: Spec) -> None:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found < spec.num_gpus and (found or spec.gpus):
         named = f"--gpus {spec.gpus}" if spec.gpus else f"--num-gpus {spec.num_gpus}"
-        raise UserError(
-            f"{named}: {found or 'no'} GPU{'s' if found != 1 else ''} can be seen of {spec.num_gpus} wanted."
-        )
+        raise UserError(f"{named}: {spec.num_gpus} wanted, {found or 'none'} can be seen.")
     if spec.gpu_memory_limit_gib and not found:
         raise UserError("--gpu-memory-gib: there is no GPU whose memory could be limited.")
     if found:
