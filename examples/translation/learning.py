@@ -31,7 +31,7 @@ from typing import Any
 
 from errors import UserError, exit_code_of, make_folder
 from experiments import default_out, find_text
-from measure.launch import child_environment, visible_gpus
+from measure.launch import child_environment, first_gpu
 from measure.learn import REFUSED, LearnSpec
 from measure.learned import NAMES
 from measure.options import (
@@ -154,7 +154,7 @@ def make_spec(options: argparse.Namespace) -> LearnSpec:
 
 def run_together(specs: Sequence[LearnSpec], outs: dict[str, Path], options: argparse.Namespace) -> None:
     """Start a process each and wait for all; one that fails or hangs costs only its own curve."""
-    gpus = options.gpus or visible_gpus()[:1] or ["0"]
+    gpus = options.gpus or [first_gpu()]
     num_threads = max(1, len(os.sched_getaffinity(0)) // len(specs))
     processes = [
         subprocess.Popen(

@@ -136,8 +136,8 @@ def test_models_are_shared_among_the_gpus_and_stay_there() -> None:
 
 def _arguments(workspace: Workspace, out: Path, batches: str) -> list[str]:
     return [
-        "--data", str(workspace.files["train"]), "--tokenizer", str(workspace.tokenizer), "--models", "a,b",
-        "--num-gpus", "1,2", "--gpus", "0,1", "--batches", batches, "--out", str(out),
+        "--data", str(workspace.files["train"]), "--tokenizer", str(workspace.tokenizer),
+        "--models", "t5-base,t5-small", "--num-gpus", "1,2", "--gpus", "0,1", "--batches", batches, "--out", str(out),
     ]  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def test_one_gpu_side_by_side_then_two_together(acted: Path, workspace: Workspac
     for row in rows:
         assert row.status == (OUT_OF_MEMORY if row.batch_size == 8 else OK)
         together = row.num_gpus == 2
-        assert row.device == ("0,1" if together else {"a": "0", "b": "1"}[row.model])
+        assert row.device == ("0,1" if together else {"t5-base": "0", "t5-small": "1"}[row.model])
         assert row.num_side_by_side == (1 if together else 2)
         assert row.num_cores == (cores if together else max(1, cores // 2))
     order = [(row.num_gpus, row.model, row.engine, row.batch_size) for row in rows]
@@ -176,8 +176,8 @@ def test_interrupted_sweep_keeps_its_cells_and_leaves_no_process(
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert {(row.model, row.batch_size, row.status) for row in read_rows(out / "sweep.csv")} == {
-        ("a", 2, OK),
-        ("b", 2, OK),
+        ("t5-base", 2, OK),
+        ("t5-small", 2, OK),
     }
     assert "14 cells missing, run again to go on" in printed
     assert _all_gone(acted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,11 @@ def test_committed_notebook_shows_its_outputs() -> None:
     kinds = {kind for cell in cells for output in cell.outputs for kind in output.get("data", {})}
     assert {"image/png", "text/html"} <= kinds
     assert _bleu(notebook) > 50
-    assert "milliseconds a step" in _texts(notebook)
+    texts = _texts(notebook)
+    assert "milliseconds a step" in texts
+    assert all(f"'{key}'" in texts for key in ("step_ms", "hidden_share", "device/weights_gib", "host/moments_gib"))
+    sources = "\n".join(cell.source for cell in notebook.cells)
+    assert not re.search(r"/(home|root|tmp|work|mnt|Users)/", texts + sources), "a path of the machine it was run on"
     assert NOTEBOOK.stat().st_size < 300_000
 
 

@@ -212,6 +212,25 @@ def test_curves_are_the_same_within_what_the_page_says() -> None:
     assert "same curve" not in learning_section({"runs": [plain]})
 
 
+def test_half_of_a_comparison_does_not_replace_a_whole_one(
+    tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_plain(specs: Any, outs: dict[str, Path], options: Any) -> None:
+        outs[PLAIN].write_text(json.dumps(_run(PLAIN, 4.0, 10.0)))
+
+    monkeypatch.setattr(learning, "run_together", only_plain)
+    (tmp_path / "learning.json").write_text("of an earlier run")
+    with pytest.raises(SystemExit) as ended:
+        learning.main(["--out", str(tmp_path), "--train", str(workspace.files["train"]), *_tokenizer(workspace)])
+    assert ended.value.code == 1
+    assert (tmp_path / "learning.json").read_text() == "of an earlier run"
+    assert len(json.loads((tmp_path / "learning_incomplete.json").read_text())["runs"]) == 1
+
+
+def _tokenizer(workspace: Workspace) -> list[str]:
+    return ["--tokenizer", str(workspace.tokenizer), "--model", "t5-demo"]
+
+
 @pytest.mark.slow
 def test_learning_gives_the_same_curve_with_and_without(workspace: Workspace, tmp_path: Path) -> None:
     learning.main(

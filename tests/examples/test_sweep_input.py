@@ -22,6 +22,7 @@ import torch
 from errors import UserError
 from measure import cell, texts
 from measure.alike import check_device
+from measure.launch import first_gpu, placements
 from measure.progress import Progress
 from measure.rows import OK, OUT_OF_MEMORY, Row, read_rows, write_rows
 from measure.spec import PLAIN, ZERO, Spec
@@ -242,6 +243,17 @@ def test_gpus_that_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="--num-gpus 2: 2 wanted, 1 can be seen"):
         cell.choose_gpu(dataclasses.replace(spec, num_gpus=2))
+
+
+@pytest.mark.parametrize(("variable", "seen"), [(None, "0"), ("", ""), ("3,1", "3")])
+def test_a_process_on_its_own_sees_one_gpu_and_none_that_is_hidden(
+    variable: str | None, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    (place,) = placements(Spec(model="m", engine=PLAIN, batches=[1], train_file="", tokenizer=""))
+    assert place["CUDA_VISIBLE_DEVICES"] == first_gpu() == seen
 
 
 # ------------------------------------------------------------------ interruption, and what is seen meanwhile

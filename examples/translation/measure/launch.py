@@ -35,6 +35,11 @@ def visible_gpus() -> list[str]:
     return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
 
 
+def first_gpu() -> str:
+    """The only GPU that a process on its own is to see; none ("") where all are hidden on purpose."""
+    return next(iter(visible_gpus()), "" if "CUDA_VISIBLE_DEVICES" in os.environ else "0")
+
+
 class Ranks:
     """The processes that measure one :class:`Spec`. All write to one pipe, whole lines at a time."""
 
@@ -103,7 +108,7 @@ def placements(spec: Spec) -> list[dict[str, str]]:
     if gpus:
         place["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: spec.num_gpus])
     elif spec.num_gpus == 1:
-        place["CUDA_VISIBLE_DEVICES"] = "0"
+        place["CUDA_VISIBLE_DEVICES"] = first_gpu()
     if num_ranks == 1 and spec.engine != DEEPSPEED:  # which looks for MPI if it finds no launcher's variables
         return [place]
     if num_ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
