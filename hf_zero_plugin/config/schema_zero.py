@@ -163,7 +163,9 @@ class ZeroOptimization(Section):
         "save_model writes whole weights, parameter by parameter (stage 3); false: a checkpoint, and how to export it.",
         note='"auto" is true at stage 3; accelerate would take false, and save_model would write no weights.',
     )
-    stage3_prefetch_bucket_size: AutoCount = applied(50_000_000, "Elements gathered ahead of their use (stage 3).")
+    stage3_prefetch_bucket_size: AutoCount = applied(
+        50_000_000, "Elements gathered ahead of their use, in whole modules, one at least; 0: nothing (stage 3)."
+    )
     stage3_max_live_parameters: Count = applied(
         1_000_000_000, "Elements that may stay gathered between forward and backward (stage 3)."
     )
