@@ -1,4 +1,4 @@
-"""GatheredParameters against whatever callers do with it: nested, in the middle of a step, one rank alone, by all names.
+"""GatheredParameters against whatever callers do with it: nested, in the middle of a step, by one rank alone.
 
 ``_play`` runs everything in one go, on one gloo rank and on two; results are of every rank.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -211,8 +211,8 @@ def _play() -> dict[Any, Any]:
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def played(request: pytest.FixtureRequest) -> Iterator[list[dict[Any, Any]]]:
-    yield run_ranks(_play, request.param, timeout_s=200.0)
+def played(request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
+    return run_ranks(_play, request.param, timeout_s=200.0)
 
 
 @pytest.mark.parametrize("scene", [scene.__name__ for scene in SCENES] + ["trains on"])
