@@ -160,10 +160,12 @@ class ZeroOptimization(Section):
     )
     stage3_gather_16bit_weights_on_model_save: AutoFlag = applied(
         False,
-        "Gather the whole model on rank 0 for save_model (stage 3).",
+        "save_model writes whole weights, parameter by parameter (stage 3); false: a checkpoint, and how to export it.",
         note='"auto" is true at stage 3; accelerate would take false, and save_model would write no weights.',
     )
-    stage3_prefetch_bucket_size: AutoCount = applied(50_000_000, "Elements gathered ahead of their use (stage 3).")
+    stage3_prefetch_bucket_size: AutoCount = applied(
+        50_000_000, "Elements gathered ahead of their use, in whole modules, one at least; 0: nothing (stage 3)."
+    )
     stage3_max_live_parameters: Count = applied(
         1_000_000_000, "Elements that may stay gathered between forward and backward (stage 3)."
     )

@@ -142,9 +142,19 @@ def _state(engine: ZeroEngine) -> dict[str, Any]:
         "micro_steps": engine.micro_steps,
         "loss_scaler": engine.scaler.state_dict() if engine.scaler is not None else None,
         "shapes": {s.spec.name: list(s.spec.full_shape) for layout in engine.parts.layouts for s in layout.slots},
+        "transient": _transient(engine.module),
         "rule": type(engine.parts.masters.homes[0].context.rule).__name__ if engine.parts.masters else None,
         "param_groups": [{k: v for k, v in group.items() if _is_plain(v)} for group in hyper],
     }
+
+
+def _transient(module: torch.nn.Module) -> list[str]:
+    """Names of buffers that are no part of a state dict: they resume with the rest, and are not exported."""
+    return sorted(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, owner in module.named_modules()
+        for name in owner._non_persistent_buffers_set
+    )
 
 
 def _is_plain(value: Any) -> bool:

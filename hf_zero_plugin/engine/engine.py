@@ -313,8 +313,8 @@ class ZeroEngine(Timed, nn.Module):
         gathers = self.settings.stage3.gather_16bit_weights_on_model_save
         if not gathers and self.parts.shards is not None and self.global_rank == 0:
             logger.warning(
-                "weights are not saved: $.zero_optimization.stage3_gather_16bit_weights_on_model_save is false. "
-                "Set it to true, or make safetensors from a checkpoint: hf-zero export CHECKPOINT_DIR OUTPUT_DIR"
+                "weights are not gathered: $.zero_optimization.stage3_gather_16bit_weights_on_model_save is false. Set "
+                "it to true, or call save_checkpoint(DIR) and make safetensors of that: hf-zero export DIR OUTPUT_DIR"
             )
         return gathers
 

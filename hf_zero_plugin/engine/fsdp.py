@@ -174,7 +174,7 @@ def shard_units(
             ignored_params=whole,
         )
     fully_shard(model, mesh=mesh, mp_policy=mixed, offload_policy=policy, ignored_params=whole)
-    # One rank fetches nothing by itself before it is asked to. With several, FSDP2 overlaps one gather by itself.
+    # One rank fetches nothing by itself before it is asked to.
     at_least = 1 if mesh.size() == 1 else 0
     _plan_prefetch(model, units, sizes, settings.stage3.prefetch_bucket_size, at_least)
     if mesh.size() > 1 and hasattr(model, "set_reduce_scatter_unused_params"):
@@ -207,13 +207,22 @@ def _num_kept(sizes: Sequence[int], total: int, settings: Stage3Settings) -> int
 def _plan_prefetch(
     model: nn.Module, units: Sequence[nn.Module], sizes: Sequence[int], budget: int, at_least: int
 ) -> None:
-    """Gather ahead as many units as fit into ``budget`` elements; FSDP2 by itself gathers one ahead in backward."""
+    """Gather ahead as many units as fit into ``budget`` elements, and one that does not fit, but none if it is 0.
+
+    FSDP2 by itself gathers one ahead in backward; with several ranks it overlaps one in forward, if it runs ahead of
+    the device.
+    """
+    if budget == 0:
+        for module in [model, *units]:
+            # Itself, which is there: FSDP2 takes an empty list for its own choice.
+            module.set_modules_to_backward_prefetch([module])  # type: ignore[operator]
+        return
     if at_least and units:
         model.set_modules_to_forward_prefetch([units[0]])  # type: ignore[operator]
     for index, unit in enumerate(units):
         ahead = _fitting(range(index + 1, len(units)), sizes, budget) or [*range(index + 1, len(units))][:at_least]
         behind = _fitting(range(index - 1, -1, -1), sizes, budget)
-        if len(ahead) > (0 if at_least else 1):
+        if ahead:
             unit.set_modules_to_forward_prefetch([units[i] for i in ahead])  # type: ignore[operator]
         if len(behind) > 1:
             unit.set_modules_to_backward_prefetch([units[i] for i in behind])  # type: ignore[operator]

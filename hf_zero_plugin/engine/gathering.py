@@ -8,7 +8,7 @@ place. On the way out one rank's version is given to all and cut again, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from hf_zero_plugin.engine.fsdp import ShardedParam
+from hf_zero_plugin.engine.gathered_units import running_on
 from hf_zero_plugin.engine.shards import Shards, ZeroParamStatus, living_shards
 from hf_zero_plugin.errors import HfZeroError
 
@@ -38,9 +39,18 @@ class _Whole(DTensor):
         args, kwargs = tree_map(_unwrap, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        whole: nn.Parameter = vars(self)[_WHOLE]
+        return memo.setdefault(id(self), nn.Parameter(whole.detach().clone(), self.requires_grad))
+
 
 def _unwrap(value: Any) -> Any:
     return vars(value)[_WHOLE] if type(value) is _Whole else value
+
+
+def _whole_of(handle: Any) -> Tensor | None:
+    found: Tensor | None = vars(handle.sharded_param).get(_WHOLE)
+    return found
 
 
 class _Found(NamedTuple):
@@ -79,7 +89,10 @@ def gathered(params: Iterable[nn.Parameter], modifier_rank: int | None) -> Itera
     found = find_sharded(params)
     opened = [place for place in found if _open(place)]
     try:
-        yield
+        with ExitStack() as stack:
+            for model in {id(place.shards): place.shards.model for place in opened}.values():
+                stack.enter_context(running_on(model, _whole_of))
+            yield
         if modifier_rank is not None:
             for place in found:
                 _write_back(place, modifier_rank)
@@ -126,7 +139,10 @@ def _write_back(place: _Found, modifier_rank: int) -> None:
             f"GatheredParameters: {place.item.name!r} came back with shape {tuple(values.shape)}, it had "
             f"{tuple(shape)}. A sharded parameter cannot change its shape; resize the model before the engine is made."
         )
-    values = values.to(shards.device).contiguous()
+    values = values.to(shards.device, place.item.padded.dtype).contiguous()
     if shards.world_size > 1:
         dist.broadcast(values, src=modifier_rank, group=shards.group)
     shards.write(place.item, values)
+    whole = vars(place.item.param).get(_WHOLE)
+    if whole is not None:  # a context around this one goes on with it
+        whole.data.copy_(values)

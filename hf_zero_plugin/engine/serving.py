@@ -1,13 +1,14 @@
-"""Saving sharded weights while they are gathered: rank 0 asks for one parameter at a time, the others serve.
+"""Saving sharded weights while they are collected: rank 0 asks for one parameter at a time, the others serve.
 
 ::
 
     rank 0     names, shapes, types | plan files | ask for 17 | write | ask for 3 | write | ... | finish
-    others     serve ----------------------------- gather 17 ---------- gather 3 -------------- return
+    others     serve ----------------------------- send 17 ------------ send 3 ---------------- return
 
 Rank 0 alone knows the order in which a file wants its tensors, and whether it wants all of them, so it tells the
-others what comes next: 8 bytes a parameter. The memory above the shards is one whole parameter on the device and one on
-rank 0's host. Every rank must come to ``weights``, and rank 0 must leave the context, whatever happens in it.
+others what comes next: 8 bytes a parameter. The memory above the shards is one whole parameter on rank 0's host, and
+a small part of it on each device. Every rank must come to ``weights``, and rank 0 must leave the context, whatever
+happens in it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class WeightServer:
                 "of the saving. Call accelerator.get_state_dict(engine) for one that stays."
             )
         self._tell(index)
-        return self._shards.gather(self._shards.params[index]).cpu()
+        return self._shards.collect(self._shards.params[index])
 
     def _tell(self, number: int) -> int:
         shards = self._shards
@@ -83,7 +84,7 @@ class WeightServer:
 
     def _serve(self) -> None:
         while (index := self._tell(_FINISH)) != _FINISH:
-            self._shards.gather(self._shards.params[index])
+            self._shards.collect(self._shards.params[index])
 
     def finish(self) -> None:
         """On rank 0: let the others go. Calling it again, or on other ranks, does nothing."""

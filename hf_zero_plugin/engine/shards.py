@@ -38,6 +38,8 @@ __all__ = ["Shards", "Span", "ZeroParamStatus", "living_shards", "span_of", "wat
 FORWARD_METHODS = ("generate",)
 """Methods of Hugging Face models that run parts of the model without going through its ``forward`` first."""
 
+PART_NUMEL = 2**19
+"""Elements that travel at once when a parameter is collected: no more of it need be there twice."""
 
 _numbers = itertools.count()
 _living: weakref.WeakValueDictionary[int, Shards] = weakref.WeakValueDictionary()
@@ -159,6 +161,40 @@ class Shards:
         return whole[: shape.numel()].view(shape)
 
     @torch.no_grad()
+    def collect(self, item: ShardedParam) -> Tensor:
+        """The whole parameter in host memory on rank 0, nothing elsewhere. Collective.
+
+        Rank 0's host has the parameter once; beside it every device has ``PART_NUMEL`` elements on their way.
+        """
+        if self.world_size == 1:
+            return self.gather(item).cpu()
+        shape = self.shape(item)
+        whole = torch.empty(shape.numel() if self.rank == 0 else 0, dtype=item.padded.dtype)
+        for rank in range(self.world_size):
+            span = span_of(shape, rank, self.world_size)
+            if rank > 0:
+                self._send_rows(item, rank, span, whole)
+            elif self.rank == 0:
+                whole[: span.end].copy_(item.padded[: span.end])
+        return whole.view(shape) if self.rank == 0 else whole
+
+    def _send_rows(self, item: ShardedParam, source: int, span: Span, whole: Tensor) -> None:
+        """From rank ``source`` into ``whole`` of rank 0. Collective: a backend may not send from one rank to one."""
+        during = self.watchdog.during if self.watchdog is not None else nullcontext
+        global_source = source if self.group is None else dist.get_global_rank(self.group, source)
+        for start in range(span.start, span.end, PART_NUMEL):
+            end = min(start + PART_NUMEL, span.end)
+            if self.rank == source:
+                part = item.padded[start - span.start : end - span.start].to(self.device)
+            else:
+                # Not ``whole`` itself: a backend's thread may hold on to it when everybody else has let it go.
+                part = torch.empty(end - start, dtype=item.padded.dtype, device=self.device)
+            with during(f"collecting parameter {item.name}"):
+                dist.broadcast(part, src=global_source, group=self.group)
+            if self.rank == 0:
+                whole[start:end].copy_(part)
+
+    @torch.no_grad()
     def write(self, item: ShardedParam, whole: Tensor) -> None:
         """Take this rank's rows of ``whole`` as the new shard. The caller sees to it that ranks agree."""
         span = span_of(self.shape(item), self.rank, self.world_size)
@@ -170,7 +206,7 @@ class Shards:
     def state_dict(self, keep: Callable[[str], bool]) -> dict[str, Tensor]:
         """The model's state dict with whole tensors in host memory on rank 0, nothing elsewhere. Collective.
 
-        One parameter at a time is gathered, so a rank needs no more than the largest one on top of its shards.
+        One parameter at a time is collected, so that ranks other than 0 need no memory but for some rows of one.
         Names that share a parameter share its tensor.
         """
         self.reshard()
@@ -185,7 +221,7 @@ class Shards:
                 continue
             if id(value) not in done:
                 item = self.find(value)
-                whole = self.gather(item) if item is not None else value.detach()
+                whole = self.collect(item) if item is not None else value.detach()
                 done[id(value)] = whole.cpu() if self.rank == 0 else torch.empty(0)
             if self.rank == 0:
                 state[name] = done[id(value)]

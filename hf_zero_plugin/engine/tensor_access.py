@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_zero_plugin.engine.buckets import BucketLayout, Slot
 from hf_zero_plugin.engine.registry import engines_of
+from hf_zero_plugin.errors import HfZeroError
 
 if TYPE_CHECKING:
     from hf_zero_plugin.engine.engine import ZeroEngine
@@ -49,6 +50,28 @@ def _editable(engine: ZeroEngine, layout: BucketLayout, slot: Slot, kind: str) -
                 yield start, end, tensors[kind].view(-1)[part]
 
 
+def _check_kind(engine: ZeroEngine, slot: Slot, kind: str) -> None:
+    """Ranks agree, whether they own a part of the parameter or not: any piece of theirs tells."""
+    assert engine.parts.masters is not None
+    known: set[str] = set()
+    for home, index, _ in engine.parts.masters.pieces():
+        known |= home.tensors(index).keys()
+        if kind in known:
+            return
+    # Some optimizers make their states in the first step.
+    if known and engine.global_steps > engine.skipped_steps:
+        names = ", ".join(repr(name) for name in sorted(known - {"master"}))
+        raise HfZeroError(f"{slot.spec.name}: the optimizer has no state {kind!r}; it has {names or 'none'}.")
+
+
+def _check_size(slot: Slot, value: Tensor, wanted: int, what: str) -> None:
+    if value.numel() != wanted:
+        raise HfZeroError(
+            f"{slot.spec.name}: the value to set has {value.numel()} elements, {what} has {wanted}. safe_set_local_* "
+            "takes this rank's part, as safe_get_local_* gives it; safe_set_full_* the whole parameter, on every rank."
+        )
+
+
 def _places(engine: ZeroEngine, layout: BucketLayout, slot: Slot) -> Iterator[tuple[Home, int, int, int, slice]]:
     """Yield (home, index of the piece, start, end, what of the piece) of this rank's parts of a parameter."""
     assert engine.parts.masters is not None
@@ -66,6 +89,7 @@ def local_state(param: nn.Parameter, kind: str) -> Tensor | None:
         return None
     engine, layout, slot = found
     engine.synchronize()
+    _check_kind(engine, slot, kind)
     parts = [tensor for _, _, tensor in _slices(engine, layout, slot, kind)]
     return torch.cat(parts).float() if parts else torch.empty(0)
 
@@ -77,6 +101,7 @@ def full_state(param: nn.Parameter, kind: str) -> Tensor | None:
         return None
     engine, layout, slot = found
     engine.synchronize()
+    _check_kind(engine, slot, kind)
     out = torch.zeros(slot.spec.full_numel, device=engine.device)
     for start, end, tensor in _slices(engine, layout, slot, kind):
         out[start:end] = tensor.to(engine.device)
@@ -91,6 +116,9 @@ def set_local_state(param: nn.Parameter, value: Tensor, kind: str) -> None:
         return
     engine, layout, slot = found
     engine.synchronize()
+    _check_kind(engine, slot, kind)
+    numel = sum(end - start for *_, start, end, _ in _places(engine, layout, slot))
+    _check_size(slot, value, numel, "this rank's part of the parameter")
     offset = 0
     for start, end, tensor in _editable(engine, layout, slot, kind):
         tensor.copy_(value.reshape(-1)[offset : offset + end - start])
@@ -105,6 +133,8 @@ def set_full_state(param: nn.Parameter, value: Tensor, kind: str) -> None:
         return
     engine, layout, slot = found
     engine.synchronize()
+    _check_kind(engine, slot, kind)
+    _check_size(slot, value, slot.spec.full_numel, "the parameter")
     for start, end, tensor in _editable(engine, layout, slot, kind):
         tensor.copy_(value.reshape(-1)[start:end])
     _publish(engine, kind)

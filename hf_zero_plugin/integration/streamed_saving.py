@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
 from hf_zero_plugin.checkpoint.stream import stream_safetensors
 from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.engine.pending import Pending, values_of
+from hf_zero_plugin.integration.export_advice import advising_export
 
 __all__ = ["stream_saving"]
 
@@ -40,13 +41,21 @@ def stream_saving(module: ModuleType) -> None:
     @functools.wraps(save_model)
     def streamed(self: Any, *args: Any, **kwargs: Any) -> Any:
         engine = _engine_of(self)
-        if engine is None or type(self)._save is not _save or not _is_plain(self.model):
+        if engine is None:
             return save_model(self, *args, **kwargs)
-        with engine.streamed_saving(), _writing_pending():
+        with ExitStack() as stack:
+            stack.enter_context(advising_export(engine, _output_dir(self, *args, **kwargs)))
+            if type(self)._save is _save and _is_plain(self.model):
+                stack.enter_context(engine.streamed_saving())
+                stack.enter_context(_writing_pending())
             return save_model(self, *args, **kwargs)
 
     cls._save = _save
     cls.save_model = streamed
+
+
+def _output_dir(trainer: Any, output_dir: str | None = None, *_: Any, **others: Any) -> str:
+    return output_dir if output_dir is not None else trainer.args.output_dir
 
 
 def _engine_of(trainer: Any) -> ZeroEngine | None:

@@ -273,6 +273,32 @@ def test_export_is_what_from_pretrained_reads(
     assert not list(out.glob("*.tmp"))
 
 
+def test_a_new_export_takes_the_place_of_an_old_one(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of one in other files, which ``from_pretrained`` might prefer."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "adapter.safetensors").touch()
+    for limit, is_whole in [(10**9, True), (1, False), (2000, False), (10**9, True)]:
+        monkeypatch.setattr(export_module, "MAX_FILE_BYTES", limit)
+        written = export(checkpoint, out)
+        index = [] if is_whole else [out / "model.safetensors.index.json"]
+        assert set(out.iterdir()) == {*written, *index, out / "adapter.safetensors"}
+        assert (len(written) == 1) == is_whole
+
+
+def test_an_export_loads_by_itself_and_keeps_what_is_there(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "trainer_state.json", "notes.txt"):
+        (checkpoint / name).write_text("of the checkpoint")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "tokenizer.json").write_text("mine")
+    export(checkpoint / "global_step2", out)
+    assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert (out / "tokenizer.json").read_text() == "mine"
+
+
 def test_export_command_and_its_error(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(checkpoint), str(tmp_path / "a")]) in (0, None)
     assert set(load_file(tmp_path / "a" / "model.safetensors")) == {*dict(Tiny().named_parameters()), "seen"}

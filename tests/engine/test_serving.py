@@ -17,9 +17,8 @@ from tests.helpers import run_ranks
 
 from .stage3 import Net, engine_for, rank_and_size, train
 
-WIDTH, DEPTH = 1024, 24
+WIDTH, DEPTH = 2048, 12
 LAYER_BYTES = WIDTH * WIDTH * 4
-MODEL_BYTES = DEPTH * LAYER_BYTES
 
 
 def _pending(tensor: Tensor, asked: list[int] | None = None) -> Tensor:
@@ -110,26 +109,30 @@ def _peak_bytes(save: Any) -> int:
     return _status("VmHWM") - before
 
 
-def _peaks(root: str) -> dict[str, int]:
+def _peaks(root: str) -> dict[str, float]:
+    """In layers."""
     engine = engine_for(_Deep(), trains=False)
     state: dict[str, Tensor] = {}
     engine.save_16bit_model(root)  # libraries that load with the first saving are not its doing
-    return {
+    peaks = {
         "streamed": _peak_bytes(lambda: engine.save_16bit_model(root)),
         "gathered": _peak_bytes(lambda: state.update(engine._zero3_consolidated_16bit_state_dict())),
     }
+    return {what: peak / LAYER_BYTES for what, peak in peaks.items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_saving_takes_no_more_host_memory_than_a_layer(world_size: int, tmp_path: Path) -> None:
-    """Of 24. On two ranks that are both on the host, a layer is there twice: gathered, and on its way."""
+    """Of 12, on the rank that writes; the others, whose device the host is here, hold what is on its way."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pytest.skip("the kernel does not let a process reset its peak")
     # Large blocks go back to the system when they are freed, so that the heap's holes are not counted.
-    peaks = run_ranks(_peaks, world_size, str(tmp_path), env={"MALLOC_MMAP_THRESHOLD_": "65536"})[0]
-    assert peaks["gathered"] > 0.8 * MODEL_BYTES
-    assert peaks["streamed"] < (world_size + 0.5) * LAYER_BYTES
+    peaks, *others = run_ranks(_peaks, world_size, str(tmp_path), env={"MALLOC_MMAP_THRESHOLD_": "65536"})
+    assert peaks["gathered"] > 0.8 * DEPTH
+    assert 0.8 < peaks["streamed"] < 1.3
+    for other in others:
+        assert max(other.values()) < 0.3
     assert len(load_file(tmp_path / "model.safetensors")) == DEPTH

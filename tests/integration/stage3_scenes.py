@@ -152,6 +152,7 @@ def _play(trainer: Any, out: Path, *, evaluate_first: bool = False, resume: str 
     seen: dict[str, Any] = {}
     if evaluate_first:
         seen["before"] = trainer.evaluate()["eval_loss"]
+        seen["predicted before"] = trainer.predict(_data()[:7]).predictions.tolist()
     trainer.train(resume_from_checkpoint=resume)
     logs = [log for log in trainer.state.log_history if "grad_norm" in log]
     seen["loss"] = [log["loss"] for log in logs]

@@ -98,10 +98,12 @@ def test_resumes_what_another_number_of_ranks_saved(one: Results, two: Results) 
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_evaluates_before_training_and_after_loading(ranks: int, one: Results, two: Results) -> None:
+def test_evaluates_and_predicts_before_training_and_after_loading(ranks: int, one: Results, two: Results) -> None:
     results = (one if ranks == 1 else two)[1]
     assert results["sharded"]["before"] == pytest.approx(results["stage 0"]["before"], abs=1e-5)
     assert results["loaded"]["before"] == pytest.approx(results["sharded"]["after"], abs=1e-5)
+    assert results["sharded"]["predicted before"] == results["stage 0"]["predicted before"]
+    assert results["loaded"]["predicted before"] == results["sharded"]["generated"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,0 +1,95 @@
+"""Units whose parameters are all gathered already run on those: without collectives, so on one rank alone as well.
+
+::
+
+    with GatheredParameters(model.parameters()):
+        if rank == 0:
+            model.generate(...)         FSDP2 would gather again, and wait for the other ranks
+
+FSDP2 keeps its hooks and its copies of weights; they are filled from what is gathered. Afterwards every rank must know
+the same again: nothing is left gathered, and FSDP2 forgets the order in which units ran, from which it guesses what to
+fetch next. Like ``fsdp.py`` this file knows its insides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+from hf_zero_plugin.engine.fsdp import drop_pending, fsdp_modules, groups_of
+
+__all__ = ["running_on"]
+
+_MARK = "_zero_runs_on"
+
+
+@contextmanager
+def running_on(model: nn.Module, whole_of: Callable[[Any], Tensor | None]) -> Iterator[None]:
+    """Inside, units of which every parameter is there run on that.
+
+    Args:
+        whole_of: FSDP2's handle of a parameter -> the whole parameter, or None if nobody has gathered it.
+    """
+    everything = [group for module in fsdp_modules(model) for group in groups_of(module)]
+    groups = [group for group in everything if _may_run(group) and all(map(_is_there(whole_of), group.fsdp_params))]
+    if not groups:
+        yield
+        return
+    order = groups[0].comm_ctx.post_forward_order
+    num_run = len(order)
+    before = [vars(group).get("unshard") for group in groups]
+    for group in groups:
+        drop_pending(group)
+        vars(group).update({"unshard": _filler(group, whole_of), _MARK: True})
+    try:
+        yield
+    finally:
+        del order[num_run:]
+        for group in everything:
+            group._post_forward_indices[:] = [index for index in group._post_forward_indices if index < num_run]
+        for group, unshard in zip(groups, before):
+            del vars(group)["unshard"], vars(group)[_MARK]
+            if unshard is not None:
+                group.unshard = unshard
+            group._to_sharded()
+
+
+def _may_run(group: Any) -> bool:
+    """Not in the middle of a pass, nor in the hands of a context around this one."""
+    return group._training_state == TrainingState.IDLE and _MARK not in vars(group)
+
+
+def _is_there(whole_of: Callable[[Any], Tensor | None]) -> Callable[[Any], bool]:
+    return lambda handle: whole_of(handle) is not None
+
+
+def _filler(group: Any, whole_of: Callable[[Any], Tensor | None]) -> Callable[..., None]:
+    def unshard(async_op: bool = False) -> None:
+        if group.is_unsharded:
+            return
+        for handle in group.fsdp_params:
+            whole = whole_of(handle)
+            assert whole is not None
+            _fill(handle, whole, group.device)
+        group._to_unsharded()
+
+    return unshard
+
+
+@torch.no_grad()
+def _fill(handle: Any, whole: Tensor, device: torch.device) -> None:
+    """``whole``, which has no padding, into the storage of FSDP2's copy, which has it at its end."""
+    shard = handle._sharded_param_data
+    handle.init_all_gather_outputs([shard.numel()], [shard.dtype], handle.mesh_info.shard_mesh_size, device)
+    room: Tensor = handle.all_gather_outputs[0]
+    num_bytes = room.numel() * room.element_size()
+    if room.untyped_storage().size() != num_bytes:
+        room.untyped_storage().resize_(num_bytes)
+    with torch.autograd._unsafe_preserve_version_counter(room):
+        room[: whole.numel()].copy_(whole.reshape(-1))
+    handle.init_unsharded_param()
