@@ -1,11 +1,13 @@
 """Saying who waits for what when ranks do not meet.
 
 A collective in which one rank is missing ends in the backend's time-out, whose message names neither the step nor the
-model's part. Around every entry of the engine this file notes what is being done and what was gathered last, turns a
-failed collective into an error that says so, and writes a warning, at nine tenths of the time-out, on ranks that still
-wait: with NCCL that is all a rank can say, because the backend ends the process.
+model's part. Around every entry of the engine this file notes what is being done and what was gathered last, and turns
+a failed collective into an error that says so. Ranks that still wait at nine tenths of the time-out say it, and what
+they hear of the others (``heartbeats.py``): with NCCL, whose wait nothing can interrupt, that is the last that a rank
+can say. If another rank has been silent for half of the time-out when it is over, the process ends there and then; the
+backend would end it too, but only after it has tried for a while to collect what nobody has asked for.
 
-``HF_ZERO_COLLECTIVE_TIMEOUT=seconds`` sets the time-out of the process group and of the warning.
+``HF_ZERO_COLLECTIVE_TIMEOUT=seconds`` sets the time-out of the process group, and switches this watch on.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -21,6 +24,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
+import torch.distributed as dist
+
+from hf_zero_plugin.engine.heartbeats import Heartbeats, Listener
 from hf_zero_plugin.errors import CollectiveError, ConfigError
 
 __all__ = ["TIMEOUT_VARIABLE", "Watchdog", "asked_timeout", "watched"]
@@ -62,13 +68,20 @@ class Watchdog:
         self._step = step
         self._doing: list[tuple[str, float]] = []
         limit = asked_timeout()
-        if limit is not None and world_size > 1:
-            _watch_from_aside(self, limit.total_seconds())
+        self._limit_s = limit.total_seconds() if limit is not None and world_size > 1 else None
+        self.beats: Heartbeats | None = None
+        """There if a time-out was asked for."""
+        self.listener: Listener | None = None
+        """Of the thread that watches, while this rank waits."""
+        if self._limit_s is not None:
+            self.beats = Heartbeats(rank, world_size)
+            _watch_from_aside(self, self._limit_s)
 
     @property
     def where(self) -> str:
         last = f"; gathered last: {self.last_gathered}" if self.last_gathered else ""
-        doing = self._doing[-1][0] if self._doing else "between steps"
+        inside = self._doing[-1:]  # another thread may be asking
+        doing = inside[0][0] if inside else "between steps"
         return f"rank {self.rank} of {self.world_size}, step {self._step() + 1}, {doing}{last}"
 
     @contextmanager
@@ -92,11 +105,22 @@ class Watchdog:
         told = isinstance(error, CollectiveError) or self.world_size == 1
         if told or not any(sign in str(error).lower() for sign in _SIGNS):
             return None
+        heard = self._listen_briefly()
         return CollectiveError(
             f"{self.where}: the other ranks did not come to this collective, or one of them has ended ({error}). "
-            "Look for the first error of another rank; if there is none, ranks took different branches or had "
+            f"{heard}Look for the first error of another rank; if there is none, ranks took different branches or had "
             f"different numbers of batches. A rank that is only slow needs a larger {TIMEOUT_VARIABLE} (seconds)."
         )
+
+    def _listen_briefly(self) -> str:
+        """What the others say within two of their beats, with a space behind it; "" if nobody was asked to beat."""
+        if self.beats is None or self._limit_s is None:
+            return ""
+        listener, period_s = self.beats.listen(), _period_s(self._limit_s)
+        time.sleep(2.5 * period_s)
+        listener.hear()
+        heard = listener.report(2 * period_s)
+        return heard + " " if heard else ""
 
     def waiting_since(self) -> float | None:
         doing = self._doing[-1:]
@@ -118,20 +142,52 @@ def watched(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+def _period_s(limit_s: float) -> float:
+    return min(1.0, limit_s / 20)
+
+
 def _watch_from_aside(watchdog: Watchdog, limit_s: float) -> None:
     reference = weakref.ref(watchdog)
 
     def look() -> None:
         told: float | None = None
         while True:
-            time.sleep(min(1.0, limit_s / 20))
+            time.sleep(_period_s(limit_s))
             mine = reference()
             if mine is None:
                 return
-            since = mine.waiting_since()
-            if since is not None and since != told and time.monotonic() - since > 0.9 * limit_s:
-                told = since
-                logger.error("%s: has waited %.0f s for the other ranks", mine.where, time.monotonic() - since)
+            told = _look_once(mine, limit_s, told)
             del mine
 
     threading.Thread(target=look, name="hf-zero-watchdog", daemon=True).start()
+
+
+def _look_once(watchdog: Watchdog, limit_s: float, told: float | None) -> float | None:
+    """Beat, and speak up or end if the time has come. Returns the beginning of the wait that was told last."""
+    beats, since = watchdog.beats, watchdog.waiting_since()
+    assert beats is not None
+    beats.beat(watchdog.where.partition(", ")[2])
+    waited = time.monotonic() - since if since is not None else 0.0
+    if waited < 0.4 * limit_s:
+        watchdog.listener = None
+        return told
+    if watchdog.listener is None:
+        watchdog.listener = beats.listen()
+    listener = watchdog.listener
+    listener.hear()
+    if since != told and waited > 0.9 * limit_s:
+        logger.error(
+            "%s: has waited %.0f s for the other ranks. %s", watchdog.where, waited, listener.report(0.4 * limit_s)
+        )
+        told = since
+    if waited > limit_s and listener.silent(0.5 * limit_s) and _waits_without_end():
+        logger.critical("%s: ends, because the time-out of %g s is over.", watchdog.where, limit_s)
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(1)
+    return told
+
+
+def _waits_without_end() -> bool:
+    """With gloo, a wait ends in an exception, which can be explained and caught."""
+    return dist.is_initialized() and dist.get_backend() == "nccl"

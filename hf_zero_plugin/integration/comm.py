@@ -95,4 +95,6 @@ def init_distributed(
     if backend == "nccl":
         torch.cuda.set_device(get_local_rank())
         options["device_id"] = torch.device("cuda", get_local_rank())
+        # At a time-out NCCL's watchdog would hold every process for a while, to collect traces for its developers.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     dist.init_process_group(backend, **options)

@@ -92,6 +92,7 @@ def engine_for(
     trains: bool = True,
     cpu_checkpointing: bool = False,
     stage3: dict[str, Any] | None = None,
+    lr: float = 1e-2,
     **options: Any,
 ) -> ZeroEngine:
     """``whole``: persistence threshold. Weight decay differs between matrices and the rest."""
@@ -101,7 +102,7 @@ def engine_for(
         precision=precision,  # type: ignore[arg-type]
         loss_scale=LossScaleSettings(initial_scale_power=10, window=3) if precision == "fp16" else None,
         gradient_accumulation_steps=micros,
-        optimizer=OptimizerSettings(type="AdamW", params={"lr": 1e-2}),
+        optimizer=OptimizerSettings(type="AdamW", params={"lr": lr}),
         offload_param=OffloadParamSettings(device=params_on),  # type: ignore[arg-type]
         offload_optimizer=OffloadOptimizerSettings(device=states_on, **(offload or {})),  # type: ignore[arg-type]
         stage3=Stage3Settings(param_persistence_threshold=whole, **(stage3 or {})),

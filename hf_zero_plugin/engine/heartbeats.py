@@ -1,0 +1,110 @@
+"""Ranks that hear of each other without meeting: each writes into the process group's store that it lives, and where.
+
+A rank that waits too long reads what the others wrote. Whoever's line changes is alive, and the line says where that
+rank is; whoever's does not is silent, which means ended or frozen. Clocks of several hosts need not agree: silence is
+counted by the listener, from the moment it began to listen.
+
+The connection is one of its own, because the group's is held for as long as something waits on it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch.distributed as dist
+
+__all__ = ["Heartbeats", "Listener"]
+
+_KEY = "hf_zero_plugin/alive/{}"
+MOST_NAMED = 8
+
+
+class Heartbeats:
+    """What this process writes. Nothing here raises: a store that does not answer is a finding."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._count = 0
+        self._store = _connect()
+
+    def beat(self, where: str) -> None:
+        """Write that this rank lives. ``where`` is for people."""
+        self._count += 1
+        if self._store is not None:
+            try:
+                self._store.set(_KEY.format(self.rank), f"{self._count} {where}")
+            except (RuntimeError, OSError):
+                return
+
+    def listen(self) -> Listener:
+        """Begin to listen to the other ranks."""
+        return Listener([other for other in range(self.world_size) if other != self.rank], self._store)
+
+
+class Listener:
+    """What one waiting thread has heard since it began to listen. Call ``hear`` from time to time."""
+
+    def __init__(self, others: list[int], store: dist.Store | None) -> None:
+        self._others = others
+        self._store = store
+        self._store_fails = False
+        self._heard: dict[int, tuple[str, float]] = {}
+        """Rank -> its last line, and when that line was first read here."""
+        self.hear()
+
+    def hear(self) -> None:
+        now = time.monotonic()
+        for other in self._others:
+            line = self._read(other)
+            if other not in self._heard or self._heard[other][0] != line:
+                self._heard[other] = line, now
+
+    def _read(self, other: int) -> str:
+        key = _KEY.format(other)
+        try:
+            if self._store is None or not self._store.check([key]):
+                return ""
+            return str(self._store.get(key).decode())
+        except (RuntimeError, OSError):
+            self._store_fails = True
+            return self._heard[other][0] if other in self._heard else ""
+
+    def silent(self, at_least_s: float) -> list[int]:
+        """Ranks that have said nothing new for so long; none if there is no store to hear them by."""
+        if self._store is None:
+            return []
+        now = time.monotonic()
+        return [other for other, (_, since) in self._heard.items() if now - since >= at_least_s]
+
+    def report(self, at_least_s: float) -> str:
+        """A sentence for each of the other ranks, silent ones (for ``at_least_s``) first; "" without a store."""
+        if self._store is None:
+            return ""
+        if self._store_fails:
+            return "The store of the process group, on rank 0 or in its launcher, does not answer: look there first."
+        silent = self.silent(at_least_s)
+        lost = [f"Rank {other} gives no sign of life{_last(self._heard[other][0])}." for other in silent]
+        alive = [_alive(other, line) for other, (line, _) in self._heard.items() if other not in silent]
+        return " ".join([*lost, *alive][:MOST_NAMED])
+
+
+def _connect() -> dist.Store | None:
+    """None where the store cannot be reached a second time."""
+    if not dist.is_initialized():
+        return None
+    clone = getattr(dist.distributed_c10d._get_default_store(), "clone", None)
+    try:
+        return clone() if clone is not None else None
+    except RuntimeError:
+        return None
+
+
+def _last(line: str) -> str:
+    where = line.partition(" ")[2]
+    return f" (last: {where})" if where else ""
+
+
+def _alive(other: int, line: str) -> str:
+    where = line.partition(" ")[2]
+    return f"Rank {other} lives: {where}." if where else f"Rank {other} has not begun."
