@@ -51,14 +51,17 @@ class Listener:
         self._store_fails = False
         self._heard: dict[int, tuple[str, float]] = {}
         """Rank -> its last line, and when that line was first read here."""
+        self._moved: dict[int, tuple[str, float]] = {}
+        """Rank -> where it is, and when it was first heard of there."""
         self.hear()
 
     def hear(self) -> None:
         now = time.monotonic()
         for other in self._others:
             line = self._read(other)
-            if other not in self._heard or self._heard[other][0] != line:
-                self._heard[other] = line, now
+            for kept, value in ((self._heard, line), (self._moved, _where(line))):
+                if other not in kept or kept[other][0] != value:
+                    kept[other] = value, now
 
     def _read(self, other: int) -> str:
         key = _KEY.format(other)
@@ -76,6 +79,15 @@ class Listener:
             return []
         now = time.monotonic()
         return [other for other, (_, since) in self._heard.items() if now - since >= at_least_s]
+
+    def elsewhere(self, place: str, at_least_s: float) -> list[int]:
+        """Ranks that were at one and the same place for so long, and not at ``place``; silent ones wherever they were.
+
+        Ranks that are all at ``place`` may each be busy there: a first forward pass may compile for minutes.
+        """
+        now = time.monotonic()
+        stuck = [other for other, (where, since) in self._moved.items() if where != place and now - since >= at_least_s]
+        return sorted({*stuck, *self.silent(at_least_s)}) if self._store is not None else []
 
     def report(self, at_least_s: float) -> str:
         """A sentence for each of the other ranks, silent ones (for ``at_least_s``) first; "" without a store."""
@@ -100,11 +112,14 @@ def _connect() -> dist.Store | None:
         return None
 
 
+def _where(line: str) -> str:
+    return line.partition(" ")[2]
+
+
 def _last(line: str) -> str:
-    where = line.partition(" ")[2]
-    return f" (last: {where})" if where else ""
+    return f" (last: {_where(line)})" if _where(line) else ""
 
 
 def _alive(other: int, line: str) -> str:
-    where = line.partition(" ")[2]
+    where = _where(line)
     return f"Rank {other} lives: {where}." if where else f"Rank {other} has not begun."

@@ -3,9 +3,9 @@
 A collective in which one rank is missing ends in the backend's time-out, whose message names neither the step nor the
 model's part. Around every entry of the engine this file notes what is being done and what was gathered last, and turns
 a failed collective into an error that says so. Ranks that still wait at nine tenths of the time-out say it, and what
-they hear of the others (``heartbeats.py``): with NCCL, whose wait nothing can interrupt, that is the last that a rank
-can say. If another rank has been silent for half of the time-out when it is over, the process ends there and then; the
-backend would end it too, but only after it has tried for a while to collect what nobody has asked for.
+they hear of the others (``heartbeats.py``). Gloo ends a wait with an exception. Nothing can interrupt a wait for NCCL,
+and its own time-out was seen to leave processes alone for a minute and more, so when the time is over and another rank
+has been silent, or somewhere else, all the while, this process is ended here.
 
 ``HF_ZERO_COLLECTIVE_TIMEOUT=seconds`` sets the time-out of the process group, and switches this watch on.
 """
@@ -33,6 +33,9 @@ __all__ = ["TIMEOUT_VARIABLE", "Watchdog", "asked_timeout", "watched"]
 
 TIMEOUT_VARIABLE = "HF_ZERO_COLLECTIVE_TIMEOUT"
 _SIGNS = ("timed out", "timeout", "connection closed by peer", "connection reset by peer", "gloo", "nccl")
+
+LISTENS_FROM = 0.1
+"""Of the time-out: so long an entry of the engine lasts before this rank listens to the others."""
 
 logger = logging.getLogger("hf_zero_plugin")
 P = ParamSpec("P")
@@ -80,9 +83,14 @@ class Watchdog:
     @property
     def where(self) -> str:
         last = f"; gathered last: {self.last_gathered}" if self.last_gathered else ""
+        return f"rank {self.rank} of {self.world_size}, {self.place}{last}"
+
+    @property
+    def place(self) -> str:
+        """Step and entry of the engine: the same on all ranks that go together."""
         inside = self._doing[-1:]  # another thread may be asking
         doing = inside[0][0] if inside else "between steps"
-        return f"rank {self.rank} of {self.world_size}, step {self._step() + 1}, {doing}{last}"
+        return f"step {self._step() + 1}, {doing}"
 
     @contextmanager
     def during(self, what: str) -> Iterator[None]:
@@ -166,22 +174,22 @@ def _look_once(watchdog: Watchdog, limit_s: float, told: float | None) -> float 
     """Beat, and speak up or end if the time has come. Returns the beginning of the wait that was told last."""
     beats, since = watchdog.beats, watchdog.waiting_since()
     assert beats is not None
-    beats.beat(watchdog.where.partition(", ")[2])
+    place = watchdog.place
+    beats.beat(place)
     waited = time.monotonic() - since if since is not None else 0.0
-    if waited < 0.4 * limit_s:
+    if waited < LISTENS_FROM * limit_s:
         watchdog.listener = None
         return told
     if watchdog.listener is None:
         watchdog.listener = beats.listen()
     listener = watchdog.listener
     listener.hear()
+    heard = f"{watchdog.where}: has waited {waited:.0f} s for the other ranks. {listener.report(0.5 * limit_s)}"
     if since != told and waited > 0.9 * limit_s:
-        logger.error(
-            "%s: has waited %.0f s for the other ranks. %s", watchdog.where, waited, listener.report(0.4 * limit_s)
-        )
+        logger.error("%s", heard)
         told = since
-    if waited > limit_s and listener.silent(0.5 * limit_s) and _waits_without_end():
-        logger.critical("%s: ends, because the time-out of %g s is over.", watchdog.where, limit_s)
+    if waited > limit_s and listener.elsewhere(place, 0.8 * limit_s) and _waits_without_end():
+        logger.critical("%s The time-out of %g s is over: this process ends.", heard, limit_s)
         logging.shutdown()
         sys.stderr.flush()
         os._exit(1)
