@@ -165,6 +165,8 @@ def main() -> None:
     if options.rank:
         train_and_be_lost(options)
         return
+    # The ranks have sessions of their own: if this process is ended and they are not, they keep the GPUs busy.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for config in options.configs.split(","):
         for how in options.how.split(","):
             for launcher in options.launchers.split(","):

@@ -21,7 +21,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Raw, str], list[str]]], ...] = (
     ("GPU memory", "Peak memory allocated by a step, after the warm-up.", tables.memory),
     (
         "Tokens",
-        "Tokens a second without padding; source and target count. Other columns as above.",
+        "Tokens a second without padding, over the median step; source and target count. Other columns as above.",
         tables.throughput,
     ),
     ("From the start of the process to the end of the first optimizer step", "", tables.first_step),

@@ -1,8 +1,10 @@
 """Engines that are loaded at once and take turns of a few steps, so that a drifting machine drifts for all of them.
 
 A cell with ``turns=8`` is loaded by every engine of its list; after the warm-up each waits. A turn is one step that is
-not timed and ``TURN_STEPS`` that are, with an idle device before the first of them and after the last; then the next
-engine has its turn. A round is one turn of each engine. Waiting engines have emptied their device caches.
+not timed and ``TURN_STEPS`` that are; then the device runs dry and the next engine has its turn. Time is taken at the
+ends of steps, without waiting for the device: work that is under way when the first timed step begins is as much as
+what is under way when the last one ends. A round is one turn of each engine. Waiting engines have emptied their
+device caches.
 
 Two runs of one engine, seconds apart, differed by half on a host whose cores others use too; only this tells engines
 apart there.
@@ -57,7 +59,6 @@ class TurnClock:
             return
         turn, place = divmod(after_warmup, 1 + TURN_STEPS)
         if place == 1:
-            self._synchronize()
             self._own = psutil.Process().cpu_times()
             self._stamps = [time.perf_counter()]
         elif place > 1:
@@ -68,15 +69,8 @@ class TurnClock:
         if place == 0 and turn < self.turns:
             self._pause(is_first=turn == 0)
 
-    def _synchronize(self) -> None:
-        if self.cuda:
-            import torch
-
-            torch.cuda.synchronize()
-
     def _end_turn(self) -> None:
-        self._synchronize()
-        end, own = time.perf_counter(), psutil.Process().cpu_times()
+        end, own = self._stamps[-1], psutil.Process().cpu_times()
         steps_ms = [1000 * (b - a) for a, b in zip(self._stamps, self._stamps[1:])]
         elapsed = end - self._stamps[0]
         self._records.append(

@@ -95,7 +95,8 @@ def build_sharded_model(name: str, dtype: Any, dropout: float | None = None) -> 
     """A model for stage 3, built under the engine's ``zero.Init`` (TrainingArguments must exist and stay alive).
 
     transformers leaves the weights of such a model unset. They are filled in one at a time through
-    ``GatheredParameters``, which both engines have: normal weights as large as a trained model's, norms at one.
+    ``GatheredParameters``, which both engines have: normal weights as large as a trained model's, norms at one, T5's
+    embedding as large as T5 itself makes it (its loss would hardly move in a few steps otherwise).
     """
     import deepspeed
     import torch
@@ -109,22 +110,23 @@ def build_sharded_model(name: str, dtype: Any, dropout: float | None = None) -> 
         for label, param in model.named_parameters():
             with deepspeed.zero.GatheredParameters(param, modifier_rank=0):
                 if rank == 0:
-                    fill_cheaply(param, 1.0 if param.ndim == 1 and label.endswith("weight") else None)
+                    is_norm, is_t5_embedding = param.ndim == 1 and label.endswith("weight"), label == "shared.weight"
+                    fill_cheaply(param, 1.0 if is_norm else None, 1.0 if is_t5_embedding else 0.02)
     return model
 
 
-def fill_cheaply(param: Any, constant: float | None) -> None:
-    """A constant, or normal values of deviation 0.02. On the host, drawing billions of them would take minutes: a
+def fill_cheaply(param: Any, constant: float | None, deviation: float = 0.02) -> None:
+    """A constant, or normal values. On the host, drawing billions of them would take minutes: a
     block of a million is drawn once for each tensor and repeated at the speed of memory."""
     import torch
 
     if constant is not None or param.ndim < 2:
         param.fill_(constant if constant is not None else 0.0)
     elif param.device.type != "cpu":
-        param.normal_(0.0, 0.02)
+        param.normal_(0.0, deviation)
     else:
         flat = param.view(-1)
-        block = torch.empty(min(2**20, flat.numel()), dtype=torch.float32).normal_(0.0, 0.02).to(param.dtype)
+        block = torch.empty(min(2**20, flat.numel()), dtype=torch.float32).normal_(0.0, deviation).to(param.dtype)
         whole = flat.numel() // block.numel()
         flat[: whole * block.numel()].view(whole, -1).copy_(block.expand(whole, -1))
         rest = flat[whole * block.numel() :]
