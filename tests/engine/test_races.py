@@ -1,0 +1,224 @@
+"""States that stream through the device, without a device: every stream's order is checked, and nothing is changed.
+
+The CPU stands in for the GPU; ``races.py`` holds every access to memory against what events and waits have ordered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_zero_plugin.config.settings import (
+    EngineSettings,
+    LossScaleSettings,
+    OffloadOptimizerSettings,
+    OptimizerSettings,
+)
+from hf_zero_plugin.engine import assembly, offload_stream
+from hf_zero_plugin.engine.engine import ZeroEngine
+from hf_zero_plugin.engine.offload_stream import StreamedHome
+
+from .races import RaceDetector
+
+WIDTH, DEPTH = 16, 8
+
+
+class Model(nn.Module):
+    """The first and the last layer share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
+        self.last = nn.Linear(WIDTH, WIDTH)
+        self.last.weight = self.layers[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.last(x)
+
+
+class Room:
+    """What the device's allocator is said to hold: less and less, as when a backward pass frees memory, or the same."""
+
+    def __init__(self, is_there: bool) -> None:
+        self._freed = 10**7 if is_there else 0
+        self._allocated = 10**15
+
+    def __call__(self, device: torch.device) -> int:
+        self._allocated -= self._freed
+        return self._allocated
+
+
+@pytest.fixture(autouse=True)
+def tiny_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "BUCKET_NUMEL", WIDTH * WIDTH)
+    monkeypatch.setattr(offload_stream, "DOWNLOAD_BYTES", 1000)
+
+
+def _stream_on_the_cpu(monkeypatch: pytest.MonkeyPatch, *, room: bool) -> None:
+    def home(context: Any, pieces: Any, **_: Any) -> StreamedHome:
+        return StreamedHome(context, pieces, pin_memory=False)
+
+    monkeypatch.setattr(assembly, "HostHome", home)
+    monkeypatch.setattr(offload_stream, "_allocated_bytes", Room(room))
+
+
+def _homes(engine: ZeroEngine) -> list[StreamedHome]:
+    assert engine.parts.masters is not None
+    return [home for home in engine.parts.masters.homes if isinstance(home, StreamedHome)]
+
+
+def _watched(detector: RaceDetector, engine: ZeroEngine) -> ZeroEngine:
+    detector.harmless += [home._tick for home in _homes(engine)]
+    return engine
+
+
+def _engine(precision: str, device: str, micros: int = 1, **offload: Any) -> ZeroEngine:
+    settings = EngineSettings(
+        stage=2,
+        precision=precision,  # type: ignore[arg-type]
+        loss_scale=LossScaleSettings(initial_scale_power=8, window=4) if precision == "fp16" else None,
+        gradient_clipping=0.7,
+        gradient_accumulation_steps=micros,
+        optimizer=OptimizerSettings(type="AdamW", params={"lr": 1e-2}),
+        offload_optimizer=OffloadOptimizerSettings(device=device, **offload),  # type: ignore[arg-type]
+    )
+    model = Model()
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return ZeroEngine(model, settings, device=torch.device("cpu"), param_groups=groups)
+
+
+def _train(
+    engine: ZeroEngine,
+    steps: int = 6,
+    poison: int | None = None,
+    after_step: Callable[[ZeroEngine], object] = lambda _: None,
+) -> list[Tensor]:
+    micros = engine.gradient_accumulation_steps()
+    dtype = next(engine.module.parameters()).dtype
+    for step in range(steps):
+        for micro in range(micros):
+            generator = torch.Generator().manual_seed(step * micros + micro)
+            loss = engine(torch.randn(3, WIDTH, generator=generator).to(dtype)).float().square().mean()
+            engine.backward(loss * float("inf") if step == poison else loss)
+            engine.step()
+        after_step(engine)
+    engine.synchronize()
+    return [param.detach().clone() for param in engine.module.parameters()]
+
+
+def _weights_are_read(engine: ZeroEngine) -> object:
+    return [param.sum() for param in engine.module.parameters()]
+
+
+AFTER_STEP: dict[str, Callable[[ZeroEngine], object]] = {
+    "nothing": lambda _: None,
+    "zero_grad": ZeroEngine.zero_grad,
+    "weights are read": _weights_are_read,
+    "states are read": lambda engine: (
+        [home.tensors(0)["master"].sum() for home in engine.parts.masters.homes]
+        if engine.synchronize() is None and engine.parts.masters is not None
+        else None
+    ),
+    "weights are changed": lambda engine: (
+        [param.data.mul_(0.5) for param in engine.module.parameters()],
+        engine.refresh_master_weights(),
+    ),
+}
+
+
+@pytest.mark.parametrize("room", [False, True], ids=["no room", "room"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp32"},
+        {"precision": "fp16"},
+        {"precision": "bf16", "ratio": 0.5},
+        {"precision": "bf16", "micros": 2},
+    ],
+    ids=str,
+)
+def test_streams_are_ordered_and_change_nothing(
+    options: dict[str, Any], room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = 2 if options["precision"] == "fp16" else None
+    resident = {name: value for name, value in options.items() if name != "ratio"}
+    wanted = _train(_engine(device="none", **resident), poison=poison)
+    _stream_on_the_cpu(monkeypatch, room=room)
+    with RaceDetector(sees_ends=not room) as detector:
+        engine = _watched(detector, _engine(device="cpu", **options))
+        found = _train(engine, poison=poison)
+        (home,) = _homes(engine)
+        least = home._longest * (4 + home._bytes_each) * 2
+        engine.destroy()
+    assert detector.races == []
+    assert detector.num_side_operations > 100
+    assert home.staging_bytes > 2 * least or not room
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize("looks", AFTER_STEP)
+def test_whoever_looks_after_a_step_waits(looks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = _train(_engine("bf16", "none"), after_step=AFTER_STEP[looks])
+    _stream_on_the_cpu(monkeypatch, room=True)
+    with RaceDetector() as detector:
+        engine = _watched(detector, _engine("bf16", "cpu"))
+        found = _train(engine, after_step=AFTER_STEP[looks])
+        engine.destroy()
+    assert detector.races == []
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_a_checkpoint_is_complete_right_after_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = _train(_engine("bf16", "none"), 4)
+    _stream_on_the_cpu(monkeypatch, room=True)
+    with RaceDetector() as detector:
+        first = _watched(detector, _engine("bf16", "cpu"))
+        _train(first, 3, after_step=lambda engine: engine.save_checkpoint(str(tmp_path)))
+        second = _watched(detector, _engine("bf16", "cpu"))
+        second.load_checkpoint(str(tmp_path))
+        generator = torch.Generator().manual_seed(3)
+        second.backward(second(torch.randn(3, WIDTH, generator=generator).bfloat16()).float().square().mean())
+        second.step()
+        second.synchronize()
+    assert detector.races == []
+    assert all(torch.equal(a, b) for a, b in zip(wanted, second.module.parameters(), strict=True))
+
+
+def _without_waiting_for_the_update(home: StreamedHome, bucket: int) -> None:
+    return None
+
+
+@pytest.mark.parametrize("missing", ["the forward pass waits", "staged states have left", "slots wait for gradients"])
+def test_a_missing_wait_is_found(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the detector is worth: each wait of the engine, taken away, is a race."""
+    _stream_on_the_cpu(monkeypatch, room=True)
+    if missing == "the forward pass waits":
+        monkeypatch.setattr(StreamedHome, "wait", _without_waiting_for_the_update)
+    with RaceDetector() as detector:
+        engine = _watched(detector, _engine("bf16", "cpu"))
+        if missing == "slots wait for gradients":
+            for slot in _homes(engine)[0]._slots:
+                slot.wait_event = lambda event: None  # type: ignore[method-assign]
+        if missing == "staged states have left":
+            after = StreamedHome._return_staged
+
+            def forget(self: StreamedHome, start: int, end: int) -> None:
+                after(self, start, end)
+                self._returned = None
+
+            monkeypatch.setattr(StreamedHome, "_return_staged", forget)
+        _train(engine)
+    assert detector.races
