@@ -1,7 +1,7 @@
 """The sweep: GPU memory, processor load and time over batch size, with and without ZeRO-2 and optimizer offload.
 
 T5 of true size with random weights (memory and time do not depend on their values), English to Romanian, 128 tokens,
-fp16, one epoch of up to 10,000 pairs, batch 1 to 256, each (model, engine) in a process of its own, or one a GPU::
+fp16, one epoch of up to 10,000 pairs, batch 1 to 256, each cell in a process of its own, or in one a GPU::
 
     python examples/translation/experiments.py                                 # the text that this example ships
     python examples/translation/experiments.py --data DIR --tokenizer DIR      # DIR/wmt16_en_ro/train.json; T5's own
@@ -16,17 +16,19 @@ A cell measures as many steps as fit ``--cell-seconds`` and scales to the epoch 
 epoch_seconds_scaled); ``--full`` trains whole epochs. Running out of memory is a result. Interrupted or run again, the
 sweep goes on where it was: cells in the CSV are not measured twice.
 
-One GPU, 36 cells: four starts of 15 to 20 s and 36 cells of 6 to 10 s, so five to seven minutes::
+One GPU, 36 cells: each starts for 15 to 20 s and trains for 6 to 10 s, so a quarter of an hour. With ``--group`` the
+batch sizes of one model and engine share a process, which gives the device's memory back between them: four starts in
+place of 36, five to seven minutes::
 
-    python examples/translation/experiments.py --data DATA --tokenizer DATA/tokenizer_t5 --cell-seconds 4
+    python examples/translation/experiments.py --data DATA --tokenizer DATA/tokenizer_t5 --cell-seconds 4 --group
 
-Two GPUs: the 36 cells of one GPU side by side, t5-small on the first and t5-base on the second with half of the cores
-each (2 starts and 18 cells: about 3 minutes), then 36 cells on both together, one after the other (4 starts and 36
-cells: 5 to 6 minutes). With a limit for a machine that is lent for ten minutes; what is missing then, a second call of
-the same line measures::
+Two GPUs, grouped: the 36 cells of one GPU side by side, t5-small on the first and t5-base on the second with half of
+the cores each (2 starts and 18 cells: about 3 minutes), then 36 cells on both together, one after the other (4 starts
+and 36 cells: 5 to 6 minutes). With a limit for a machine that is lent for ten minutes; what is missing then, a second
+call of the same line measures::
 
     python examples/translation/experiments.py --data DATA --tokenizer DATA/tokenizer_t5 --num-gpus 1,2 --gpus 0,1 \\
-        --cell-seconds 3 --max-minutes 9.4
+        --cell-seconds 3 --max-minutes 9.4 --group
 
 The plain Trainer on two GPUs is one process a GPU with DistributedDataParallel (as torchrun starts it), the engine has
 one process a GPU too. Without a launcher the Trainer takes DataParallel instead: ``--engines data_parallel``.
@@ -52,7 +54,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, exit_code_of, make_folder, read_json
-from measure.alike import check_device, check_settings, settings_of
+from measure.alike import SHARED, check_device, check_settings, settings_of
 from measure.child import SETUP, Events, run_process
 from measure.limit import TimeLimit
 from measure.options import (
@@ -119,7 +121,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=steps_or_auto, default=None, help="steps to measure in a cell, or auto: as --cell-seconds says")
     add("--cell-seconds", type=positive_float, default=8.0, help="about how long a cell trains with --steps auto")
     add("--full", action="store_true", help="whole epochs: measured, not scaled; hours")
-    add("--no-group", dest="group", action="store_false", help="one process a cell, 15 s more each")
+    add("--group", action="store_true", help="one process for all batch sizes of a model and engine: 15 s less each")
     add("--rounds", type=positive, default=1, help="repeat the whole sweep, engines in turn; figures show medians")
     add("--num-gpus", type=numbers_of, default=[1], help="GPUs that train together; 1,2 measures one, then both")
     add("--gpus", type=names_of, default=[], help="which ones; with --num-gpus 1, models share them side by side")
@@ -181,10 +183,11 @@ class Sweep:
         make_folder(out, "--out")
         self.csv, self.machine_file = out / CSV_NAME, out / MACHINE_NAME
         rows = read_rows(self.csv) if self.csv.is_file() else []
-        self.known: dict[str, Any] = {"machines": []}
+        self.known: dict[str, Any] = {"machines": [], SHARED: bool(rows)}
         """What sweep.json holds: machines, and the settings of all cells."""
         if self.machine_file.is_file():
             self.known |= read_json(self.machine_file)
+        self.known[SHARED] |= options.group
         check_settings(self.csv, rows, self.known, self.templates[0])
         self.rows = {row.key: row for row in rows}
         self.progress = Progress(self.rows)

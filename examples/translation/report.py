@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import UserError, exit_code_of, make_folder, read_json
+from measure.alike import SHARED
 from measure.findings import Cells, cpu_load, largest_batch, memory, speed
 from measure.findings_two import two_gpu_findings
 from measure.learned import learning_section
@@ -92,15 +93,23 @@ def conditions(rows: Sequence[Row], machine_file: Path) -> str:
         lines.append(
             f"{WORDS.get(number, number)} GPU{'s' if number > 1 else ''}: {devices}, with {cores or '?'} host cores"
         )
+    shares_processes = True
     if machine_file.is_file():
-        facts = read_json(machine_file)["machines"][-1]
+        known = read_json(machine_file)
+        facts, shares_processes = known["machines"][-1], known.get(SHARED, True)
         names = ("torch", "transformers", "accelerate", "deepspeed")
         # Under this engine "deepspeed" is its own stand-in, whose version says so.
-        known = {name: facts[name] for name in names if facts.get(name) and "+hfzero" not in facts[name]}
-        lines.append(", ".join(f"{name} {number}" for name, number in known.items()))
+        versions = {name: facts[name] for name in names if facts.get(name) and "+hfzero" not in facts[name]}
+        lines.append(", ".join(f"{name} {number}" for name, number in versions.items()))
         lines[-1] += f"; {facts['host_memory_gib']:.0f} GiB of host memory"
     precisions, num_pairs = sorted({row.precision for row in good}), max(row.num_samples or 0 for row in good)
     lines.append(f"{', '.join(precisions)}, {num_pairs:,} pairs")
+    lines.append(
+        "The batch sizes of one model and engine were measured one after the other in one process, which gives the "
+        "device's memory back between them"
+        if shares_processes
+        else "Each cell was measured in a process of its own"
+    )
     together = max(row.num_side_by_side for row in good)
     if together > 1:
         text = side_by_side(together)

@@ -151,13 +151,15 @@ def test_sweep_measures_and_goes_on_where_it_was(
     plain, ours = sorted(first, key=lambda row: row.engine)
     # The same weights and batches; WarmupLR holds the learning rate at zero for one step more.
     assert ours.loss_warmup == pytest.approx(plain.loss_warmup, rel=0.01)
+    assert not json.loads((tmp_path / "sweep.json").read_text())["cells_share_processes"]
     machine = json.loads((tmp_path / "sweep.json").read_text())["machines"][0]
     assert machine["torch"]
     assert machine["num_cores"] > 0
 
     capsys.readouterr()
-    experiments.main([*arguments, "--batches", "2,4", "--engines", ZERO])
+    experiments.main([*arguments, "--batches", "2,4", "--engines", ZERO, "--group"])
     assert "3 cells" in capsys.readouterr().out
+    assert json.loads((tmp_path / "sweep.json").read_text())["cells_share_processes"]
     again = {row.key: row for row in read_rows(tmp_path / "sweep.csv")}
     assert all(again[row.key] == row for row in first), "cells in the file are not measured twice"
 
@@ -168,7 +170,7 @@ def test_two_ranks_measure_the_losses_of_one(workspace: Workspace, tmp_path: Pat
         "--data", str(workspace.files["train"]), "--tokenizer", str(workspace.tokenizer), "--models", "t5-demo",
         "--steps", "2", "--samples", "64", "--max-length", "16", "--out", str(tmp_path),
     ]  # fmt: skip
-    experiments.main([*common, "--num-gpus", "2", "--batches", "2,4"])
+    experiments.main([*common, "--num-gpus", "2", "--batches", "2,4", "--group"])
     experiments.main([*common, "--engines", PLAIN, "--batches", "4"])
     rows = {(row.engine, row.num_gpus, row.batch_size): row for row in read_rows(tmp_path / "sweep.csv")}
     assert {row.status for row in rows.values()} == {OK}

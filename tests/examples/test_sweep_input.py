@@ -277,7 +277,7 @@ def test_an_interrupted_sweep_loses_nothing_and_goes_on(
     workspace: Workspace, tmp_path: Path, blow: signal.Signals
 ) -> None:
     csv = tmp_path / "sweep.csv"
-    process = _sweep_process(workspace, tmp_path, "--batches", "1,2", "--no-group")
+    process = _sweep_process(workspace, tmp_path, "--batches", "1,2")
     deadline = time.monotonic() + 120
     while not csv.is_file():
         assert process.poll() is None, process.communicate()
@@ -292,7 +292,7 @@ def test_an_interrupted_sweep_loses_nothing_and_goes_on(
         assert process.returncode == 130
         assert f"; {4 - len(first)} cells missing, run again to go on" in out
         assert "Traceback" not in err
-    again = _sweep_process(workspace, tmp_path, "--batches", "1,2")
+    again = _sweep_process(workspace, tmp_path, "--batches", "1,2", "--group")
     out, err = again.communicate(timeout=240)
     assert again.returncode == 0, err
     rows = {row.key: row for row in read_rows(csv)}

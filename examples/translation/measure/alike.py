@@ -14,6 +14,10 @@ from measure.spec import Spec
 ANOTHER_FOLDER = "name another folder for these, such as --out out/sweep_2"
 
 
+SHARED = "cells_share_processes"
+"""Key of sweep.json: whether some cells were measured one after the other in one process (``--group``)."""
+
+
 def settings_of(spec: Spec) -> dict[str, Any]:
     """What sweep.json keeps of a sweep."""
     return {
