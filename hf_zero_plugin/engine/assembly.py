@@ -16,7 +16,7 @@ from hf_zero_plugin.engine.buckets import BucketLayout, ParamSpec, Piece, cut_pi
 from hf_zero_plugin.engine.client_home import ClientHome
 from hf_zero_plugin.engine.collectives import all_gather_flat
 from hf_zero_plugin.engine.flat import FlatWeights
-from hf_zero_plugin.engine.gradients import GradientStore, ReduceOptions, ResidentGrads, TransientGrads
+from hf_zero_plugin.engine.gradients import GradientStore, ReduceOptions
 from hf_zero_plugin.engine.loose_grads import LooseGrads
 from hf_zero_plugin.engine.low_precision import params_of_safe_modules
 from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home, MasterWeights
@@ -26,8 +26,10 @@ from hf_zero_plugin.engine.offload_stream import StreamedHome
 from hf_zero_plugin.engine.optimizers import TorchRule, UpdateRule, rule_for, rule_from_config
 from hf_zero_plugin.engine.piece_states import StateTypes
 from hf_zero_plugin.engine.readiness import Doors
+from hf_zero_plugin.engine.resident_grads import ResidentGrads
 from hf_zero_plugin.engine.sharding import Sharding, sharding_for
 from hf_zero_plugin.engine.shards import Shards
+from hf_zero_plugin.engine.transient_grads import TransientGrads
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
 from hf_zero_plugin.errors import ConfigError, UnsupportedFeature
 

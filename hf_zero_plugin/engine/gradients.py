@@ -1,13 +1,15 @@
-"""Gradients: from autograd's hooks to one reduced shard per bucket.
+"""Gradients: from autograd's hooks to one reduced shard per bucket. What every way to hold them has in common.
 
-Three ways to hold them, one interface::
+Three ways, one interface::
 
     LooseGrads       one rank, half precision: where autograd leaves them, until the update has read them
                      (loose_grads.py).
     ResidentGrads    .grad of every parameter is a view of a flat buffer that stays; autograd adds in place, and a step
-                     can read the buffer as it is.
+                     can read the buffer as it is (resident_grads.py).
     TransientGrads   stage 2 with several ranks: a bucket's buffer is born with its first gradient, reduce-scattered
-                     when full and dropped; only this rank's shard stays.
+                     when full and dropped; only this rank's shard stays (transient_grads.py).
+
+At stage 3 FSDP2 reduces them, into ``sharded_grads.py``; those of one rank go into ``lone_grads.py``.
 
 Order that holds on every rank: buckets are reduced from the last to the first, never in the order of arrival, and a
 parameter without a gradient counts as zero. So ranks that skip different branches still meet in the same collective.
@@ -15,7 +17,6 @@ parameter without a gradient counts as zero. So ranks that skip different branch
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,11 +27,10 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_zero_plugin.engine.buckets import BucketLayout
 from hf_zero_plugin.engine.collectives import reduce_scatter_flat
-from hf_zero_plugin.engine.flat import view_of
 from hf_zero_plugin.engine.sharding import Sharding
 from hf_zero_plugin.errors import HfZeroError
 
-__all__ = ["GradientStore", "ReduceOptions", "ResidentGrads", "TransientGrads"]
+__all__ = ["GradientStore", "ReduceOptions"]
 
 
 class ReduceOptions:
@@ -210,182 +210,3 @@ class GradientStore:
         if out is None:
             return wire, dist.all_reduce(wire, group=self.group, async_op=True)
         return out, reduce_scatter_flat(out, wire, self.group)
-
-
-class ResidentGrads(GradientStore):
-    """Flat gradient buffers that stay, shape (P,) each, in the type of the weights.
-
-    With ``accumulate_fp32`` micro-steps are summed in fp32 beside them; those buffers appear with the first
-    micro-step that is not the last, so runs without accumulation never pay for them.
-    """
-
-    def __init__(self, *args: Any, flats: Sequence[Tensor], accumulate_fp32: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._flats = [torch.zeros_like(flat) for flat in flats]
-        self._accumulate_fp32 = accumulate_fp32
-        self._sums: list[Tensor] | None = None
-        self._views = [view_of(self._flats[layout.index], slot) for layout, slot in self._ordered_slots()]
-        self._reducing: list[tuple[BucketLayout, Tensor, Any]] = []
-        self._norm_views: list[Tensor] | None = None
-        # Parameters take their views with the first backward pass: here they may not have their final type yet.
-        # One rank has nothing to launch: the buffers fill themselves and no hook has to run.
-        if sharding_needs_hooks(self.sharding):
-            self.attach()
-
-    def _ordered_slots(self) -> list[tuple[BucketLayout, Any]]:
-        return [self._slot_of[index] for index in range(len(self.params))]
-
-    def begin_backward(self, *, boundary: bool) -> None:
-        super().begin_backward(boundary=boundary)
-        for index, (param, view) in enumerate(zip(self.params, self._views)):
-            if param.grad is not view:  # the first pass, or somebody called zero_grad: what was summed is forgotten
-                view.zero_()
-                param.grad = view
-                if self._sums is not None:
-                    layout, slot = self._slot_of[index]
-                    view_of(self._sums[layout.index], slot).zero_()
-
-    def _on_grad(self, index: int, param: Tensor) -> None:
-        layout, _ = self._slot_of[index]
-        self._collect_stray(index)
-        if self.boundary:
-            self._mark(layout, index)
-
-    def _collect_stray(self, index: int) -> None:
-        param, view = self.params[index], self._views[index]
-        if param.grad is not view:
-            if param.grad is None:
-                view.zero_()
-            else:
-                view.copy_(param.grad)
-            param.grad = view
-
-    def _launch(self, layout: BucketLayout) -> None:
-        full = self._settle(layout.index)
-        if self.sharding.reduction == "none":
-            return
-        out, dtype = None, self._wire_type(layout, full)
-        if self.sharding.reduction == "reduce_scatter":
-            out = full.new_empty(layout.shard_numel, dtype=dtype)
-        result, work = self._start_reduction(full, out, dtype)
-        self._reducing.append((layout, result, work))
-
-    def _settle(self, bucket: int) -> Tensor:
-        """The buffer that holds the whole sum of this bucket so far."""
-        if self._sums is None:
-            return self._flats[bucket]
-        self._sums[bucket].add_(self._flats[bucket])
-        self._flats[bucket].zero_()
-        return self._sums[bucket]
-
-    def end_backward(self) -> None:
-        for index in range(len(self.params)):
-            self._collect_stray(index)
-        if not self.boundary:
-            if self._accumulate_fp32:
-                if self._sums is None:
-                    self._sums = [torch.zeros_like(flat, dtype=torch.float32) for flat in self._flats]
-                    self._norm_views = None
-                for layout in self.layouts:
-                    self._settle(layout.index)
-            return
-        self._launch_rest()
-        for layout, result, work in self._reducing:
-            work.wait()
-            target = self.shard(layout.index)
-            if result is not target:
-                target.copy_(result.view(-1)[: target.numel()])
-            if self.options.after != 1.0:
-                target.mul_(self.options.after)
-        self._reducing.clear()
-
-    def shard(self, bucket: int) -> Tensor:
-        full = (self._sums or self._flats)[bucket]
-        low, high = self.layouts[bucket].shard_range(self.sharding.shard)
-        return full if high - low == full.numel() else full[low:high]
-
-    def clear_shard(self, bucket: int) -> None:
-        (self._sums or self._flats)[bucket].zero_()
-
-    def norm_views(self) -> list[Tensor]:
-        if self._norm_views is None:
-            self._norm_views = super().norm_views()
-        return self._norm_views
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in [*self._flats, *(self._sums or [])])
-
-
-def sharding_needs_hooks(sharding: Sharding) -> bool:
-    return sharding.world_size > 1
-
-
-class TransientGrads(GradientStore):
-    """Full buckets live from their first gradient to their reduction; only shards (S,) stay.
-
-    At most ``max_in_flight`` full buckets wait for their collective at a time, which bounds the memory above the
-    shards at ``(max_in_flight + 1) * P`` elements.
-    """
-
-    max_in_flight = 2
-
-    def __init__(self, *args: Any, flats: Sequence[Tensor], accumulate_fp32: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._dtypes = [flat.dtype for flat in flats]
-        kinds = [torch.float32 if accumulate_fp32 else flat.dtype for flat in flats]
-        self._shards = [
-            flat.new_zeros(layout.shard_numel, dtype=kind) for layout, flat, kind in zip(self.layouts, flats, kinds)
-        ]
-        self._full: dict[int, Tensor] = {}
-        self._reducing: deque[tuple[BucketLayout, Tensor, Tensor, Any]] = deque()
-        self._norm_views: list[Tensor] | None = None
-        self.attach()
-
-    def _buffer(self, layout: BucketLayout) -> Tensor:
-        if layout.index not in self._full:
-            self._full[layout.index] = self._shards[layout.index].new_zeros(
-                layout.padded_numel, dtype=self._dtypes[layout.index]
-            )
-        return self._full[layout.index]
-
-    def _on_grad(self, index: int, param: Tensor) -> None:
-        layout, slot = self._slot_of[index]
-        assert param.grad is not None
-        view_of(self._buffer(layout), slot).add_(param.grad)
-        param.grad = None
-        self._mark(layout, index)
-
-    def _launch(self, layout: BucketLayout) -> None:
-        full = self._buffer(layout)
-        dtype = self._wire_type(layout, full)
-        out = full.new_empty(layout.shard_numel, dtype=dtype)
-        result, work = self._start_reduction(full, out, dtype)
-        # The full buffer stays referenced here until the collective has read it.
-        self._reducing.append((layout, self._full.pop(layout.index), result, work))
-        while len(self._reducing) > self.max_in_flight:
-            self._land()
-
-    def _land(self) -> None:
-        layout, _, result, work = self._reducing.popleft()
-        work.wait()
-        if self.options.after != 1.0:
-            result.mul_(self.options.after)
-        self._shards[layout.index].add_(result)
-
-    def end_backward(self) -> None:
-        self._launch_rest()
-        while self._reducing:
-            self._land()
-
-    def shard(self, bucket: int) -> Tensor:
-        return self._shards[bucket]
-
-    def norm_views(self) -> list[Tensor]:
-        if self._norm_views is None:
-            self._norm_views = super().norm_views()
-        return self._norm_views
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in [*self._shards, *self._full.values()])

@@ -27,13 +27,14 @@ from hf_zero_plugin.engine.assembly import Assembly
 from hf_zero_plugin.engine.buckets import BucketLayout, Piece, Slot, cut_pieces, cut_whole_parameters
 from hf_zero_plugin.engine.client_home import ClientHome
 from hf_zero_plugin.engine.flat import FlatWeights
-from hf_zero_plugin.engine.gradients import ReduceOptions, ResidentGrads
+from hf_zero_plugin.engine.gradients import ReduceOptions
 from hf_zero_plugin.engine.lone_grads import LoneGrads
 from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home, MasterWeights
 from hf_zero_plugin.engine.offload_host import HostHome
 from hf_zero_plugin.engine.offload_nvme import NvmeHome
 from hf_zero_plugin.engine.optimizers import TorchRule, UpdateRule
 from hf_zero_plugin.engine.readiness import Doors
+from hf_zero_plugin.engine.resident_grads import ResidentGrads
 from hf_zero_plugin.engine.sharded_grads import ShardedGrads, Stage3Grads
 from hf_zero_plugin.engine.unit_transfers import UnitTransfers
 
