@@ -46,7 +46,7 @@ LAZY_LIBRARIES = {("cli", "transformers"), ("cli", "accelerate")}
 AUTO_KNOWN_TO = {"config", "integration", "cli"}
 """Parts in which the string "auto" may stand; the engine is told values."""
 
-AUTO_ENGINE_FILES = {"engine/assembly.py"}
+AUTO_ENGINE_FILES = {"engine/state_homes.py"}
 """Files elsewhere that interpret a setting of ours whose own value is "auto" (the share of the states to offload)."""
 
 STAGE_COMPARED_IN = {"engine/sharding.py"}

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from hf_zero_plugin.config.settings import EngineSettings
 from hf_zero_plugin.engine.activation_offload import ActivationOffload
-from hf_zero_plugin.engine.assembly import DTYPES, Assembly, assemble
+from hf_zero_plugin.engine.assembly import assemble
 from hf_zero_plugin.engine.checkpointing import load_engine, save_engine
 from hf_zero_plugin.engine.flops import FlopsProfiler
 from hf_zero_plugin.engine.grad_norm import grad_stats
 from hf_zero_plugin.engine.loss_scaler import LossScaler
-from hf_zero_plugin.engine.low_precision import cast_floats
+from hf_zero_plugin.engine.low_precision import DTYPES, cast_floats
 from hf_zero_plugin.engine.master_weights import StepInputs
+from hf_zero_plugin.engine.parts import Assembly
 from hf_zero_plugin.engine.pending import values_of
 from hf_zero_plugin.engine.registry import register, unregister
 from hf_zero_plugin.engine.reports import StepReports, set_log_level

@@ -1,4 +1,4 @@
-"""Small parts of mixed precision: inputs cast to the type of the weights, and gradients that may travel narrow."""
+"""Small parts of mixed precision: types by name, inputs cast to the weights' type, gradients that may travel narrow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from hf_zero_plugin.errors import ConfigError
 
-__all__ = ["cast_floats", "params_of_safe_modules"]
+__all__ = ["DTYPES", "cast_floats", "params_of_safe_modules"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""By the names that settings use."""
 
 _PATH = "$.torch_autocast.lower_precision_safe_modules"
 

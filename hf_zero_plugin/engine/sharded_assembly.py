@@ -21,8 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_zero_plugin.config.settings import EngineSettings, Stage3Settings
-from hf_zero_plugin.engine import assembly
-from hf_zero_plugin.engine.assembly import BUCKET_NUMEL, DTYPES, Assembly
+from hf_zero_plugin.engine.assembly import BUCKET_NUMEL, choose_optimizer
 from hf_zero_plugin.engine.buckets import (
     ParamSpec,
     plan_buckets,
@@ -38,7 +37,9 @@ from hf_zero_plugin.engine.fsdp import (
     shard_units,
     sharded_params,
 )
+from hf_zero_plugin.engine.low_precision import DTYPES
 from hf_zero_plugin.engine.optimizers import UpdateRule
+from hf_zero_plugin.engine.parts import Assembly
 from hf_zero_plugin.engine.root_access import open_root
 from hf_zero_plugin.engine.sharded_values import (
     Fill,
@@ -75,7 +76,7 @@ def assemble_sharded(
     rule: UpdateRule | None = None
     client_steps = False
     if param_groups is not None:
-        rule, parts.optimizer, client_steps = assembly.choose_optimizer(settings, param_groups, client)
+        rule, parts.optimizer, client_steps = choose_optimizer(settings, param_groups, client)
     groups = parts.optimizer.param_groups if parts.optimizer is not None else []
     name_sharded(groups, module)
     cut = _names_to_cut(module, settings.stage3)

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_zero_plugin.config.settings import EngineSettings
-from hf_zero_plugin.engine import assembly
-from hf_zero_plugin.engine.assembly import Assembly
+from hf_zero_plugin.engine import initial_values
 from hf_zero_plugin.engine.buckets import BucketLayout, Piece, Slot
 from hf_zero_plugin.engine.master_weights import Home
+from hf_zero_plugin.engine.parts import Assembly
 from hf_zero_plugin.engine.pinned import PinnedArena
 from hf_zero_plugin.engine.shards import Shards, span_of
 
@@ -77,9 +77,9 @@ def place_the_rest(
     group: dist.ProcessGroup | None,
 ) -> None:
     skip = {id(param) for name, param in module.named_parameters() if name in later}
-    assembly.place_rest(module, device, compute, skip)
+    initial_values.place_rest(module, device, compute, skip)
     if dist.get_world_size(group) > 1:
-        assembly.broadcast_rest(module, skip, group)
+        initial_values.broadcast_rest(module, skip, group)
 
 
 def swap_for_meta(module: nn.Module, originals: dict[str, nn.Parameter], compute: torch.dtype | None) -> None:
@@ -167,7 +167,7 @@ class Fill:
                 part = source.detach().reshape(-1)[span.start : span.end].to(self._device)
             else:
                 part = torch.empty(span.end - span.start, dtype=source.dtype, device=self._device)
-            dist.broadcast(part, src=assembly.source_rank(self._group), group=self._group)
+            dist.broadcast(part, src=initial_values.source_rank(self._group), group=self._group)
             if rank == self._rank:
                 mine = part
         return mine

@@ -22,8 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_zero_plugin.config.settings import EngineSettings
-from hf_zero_plugin.engine import assembly
-from hf_zero_plugin.engine.assembly import Assembly
+from hf_zero_plugin.engine import assembly, initial_values, state_homes
 from hf_zero_plugin.engine.buckets import BucketLayout, Piece, Slot, cut_pieces, cut_whole_parameters
 from hf_zero_plugin.engine.client_home import ClientHome
 from hf_zero_plugin.engine.flat import FlatWeights
@@ -33,6 +32,7 @@ from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home, Mast
 from hf_zero_plugin.engine.offload_host import HostHome
 from hf_zero_plugin.engine.offload_nvme import NvmeHome
 from hf_zero_plugin.engine.optimizers import TorchRule, UpdateRule
+from hf_zero_plugin.engine.parts import Assembly
 from hf_zero_plugin.engine.readiness import Doors
 from hf_zero_plugin.engine.resident_grads import ResidentGrads
 from hf_zero_plugin.engine.sharded_grads import ShardedGrads, Stage3Grads
@@ -77,7 +77,7 @@ def connect_training(
     parts.layouts = [*plan.whole, *plan.sharded]
     parts.gather_group = group
     parts.weights = FlatWeights(parts.layouts, parts.params, parts.device)
-    exact = assembly.adopt_weights(parts.weights, plan.whole, parts.sharding, group)
+    exact = initial_values.adopt_weights(parts.weights, plan.whole, parts.sharding, group)
     parts.weights.flats += flats
     streams = _streams(parts, settings, rule, client, home)
     parts.grads = _make_grads(parts, settings, plan, flats, group, streams)
@@ -196,27 +196,27 @@ def _make_homes(
         device=parts.device,
         is_alone=parts.sharding.world_size == 1,
         groups=parts.optimizer.param_groups,
-        types=assembly.state_types(settings, rule, client),
+        types=state_homes.state_types(settings, rule, client),
     )
     sharded = whole._replace(finish_bucket=lambda bucket, owner: None, device=home, is_alone=True)
     offload = settings.offload_optimizer
     if offload.device == "nvme":
-        assembly.refuse_own_states_on_nvme(rule, client)
+        state_homes.refuse_own_states_on_nvme(rule, client)
     if client is not None:
-        assembly.refuse_cut_parameters(rule, client, parts.sharding)
+        state_homes.refuse_cut_parameters(rule, client, parts.sharding)
         pieces = [piece for layout in parts.layouts for piece in cut_whole_parameters(layout)]
         indices = [slot.spec.index for layout in parts.layouts for slot in layout.slots]
         states = torch.device("cpu") if offload.device == "cpu" else home
         return [ClientHome(sharded, pieces, client, parts.params, indices, states)]
     device_home = DeviceHome(whole, list(_cut(plan.whole, rule, parts)))
     if home == parts.device:
-        return [device_home, *assembly.make_homes(parts, settings, sharded, None, plan.sharded)]
+        return [device_home, *state_homes.make_homes(parts, settings, sharded, None, plan.sharded)]
     if _streams(parts, settings, rule, client, home):
         on_device = sharded._replace(device=parts.device)
-        return [device_home, *assembly.make_homes(parts, settings, on_device, None, plan.sharded)]
+        return [device_home, *state_homes.make_homes(parts, settings, on_device, None, plan.sharded)]
     threaded = parts.device.type == "cuda" or offload.step_on == "host"
     if offload.device == "nvme":
-        cut = list(_cut(plan.sharded, rule, parts, assembly.STREAM_PIECE_NUMEL))
+        cut = list(_cut(plan.sharded, rule, parts, state_homes.STREAM_PIECE_NUMEL))
         return [device_home, NvmeHome(sharded, cut, offload, settings.aio, threaded=threaded)]
     pieces, share = list(_cut(plan.sharded, rule, parts)), offload.host_threads_share
     return [device_home, HostHome(sharded, pieces, pin_memory=False, threaded=threaded, threads_share=share)]
@@ -226,7 +226,7 @@ def _cut(
     layouts: Sequence[BucketLayout], rule: UpdateRule, parts: Assembly, max_numel: int | None = None
 ) -> Iterator[Piece]:
     if not rule.elementwise:
-        assembly.refuse_cut_parameters(rule, None, parts.sharding)
+        state_homes.refuse_cut_parameters(rule, None, parts.sharding)
     for layout in layouts:
         if rule.elementwise:
             yield from cut_pieces(layout, parts.sharding.shard_of(layout), max_numel=max_numel)

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from hf_zero_plugin.engine.assembly import Assembly
+    from hf_zero_plugin.engine.parts import Assembly
 
 __all__ = ["TRACE_VARIABLE", "Mark", "Timed", "Timeline"]
 

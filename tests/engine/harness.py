@@ -17,8 +17,8 @@ from hf_zero_plugin.config.settings import (
     OffloadOptimizerSettings,
     OptimizerSettings,
 )
-from hf_zero_plugin.engine.assembly import DTYPES
 from hf_zero_plugin.engine.engine import ZeroEngine
+from hf_zero_plugin.engine.low_precision import DTYPES
 
 __all__ = ["ADAMW", "OFFLOADS", "Reference", "Tiny", "batch", "decay_groups", "make_engine", "settings_for", "weights"]
 

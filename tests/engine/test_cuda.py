@@ -19,7 +19,7 @@ from hf_zero_plugin.config.settings import (
     OffloadOptimizerSettings,
     OptimizerSettings,
 )
-from hf_zero_plugin.engine import assembly
+from hf_zero_plugin.engine import assembly, state_homes
 from hf_zero_plugin.engine.engine import ZeroEngine
 
 pytestmark = pytest.mark.gpu
@@ -95,7 +95,7 @@ def _weights(engine: ZeroEngine) -> list[Tensor]:
 @pytest.fixture(autouse=True)
 def tiny_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "BUCKET_NUMEL", 2 * WIDTH * WIDTH)
-    monkeypatch.setattr(assembly, "STREAM_PIECE_NUMEL", WIDTH * WIDTH // 2)
+    monkeypatch.setattr(state_homes, "STREAM_PIECE_NUMEL", WIDTH * WIDTH // 2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_zero_plugin.config.settings import AioSettings, OptimizerSettings
-from hf_zero_plugin.engine import assembly
+from hf_zero_plugin.engine import assembly, state_homes
 from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.errors import ConfigError
 from hf_zero_plugin.integration.tensor_access import (
@@ -35,7 +35,7 @@ PIPELINES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "BUCKET_NUMEL", 256)
-    monkeypatch.setattr(assembly, "STREAM_PIECE_NUMEL", 128)
+    monkeypatch.setattr(state_homes, "STREAM_PIECE_NUMEL", 128)
 
 
 def _engine(
@@ -125,7 +125,7 @@ def test_optimizers_that_keep_their_states_themselves_are_refused(tmp_path: Path
 
 
 def _ranks(path: Path) -> dict[Any, Any]:
-    assembly.BUCKET_NUMEL, assembly.STREAM_PIECE_NUMEL = 256, 128
+    assembly.BUCKET_NUMEL, state_homes.STREAM_PIECE_NUMEL = 256, 128
     found = {}
     for where in ("memory", "nvme"):
         on_disk = {"device": "nvme", "nvme_path": str(path), "pipeline_read": True, "pipeline_write": True}

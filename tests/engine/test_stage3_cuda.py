@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_zero_plugin.engine import assembly, sharded_assembly, sharded_wiring
+from hf_zero_plugin.engine import assembly, sharded_assembly, sharded_wiring, state_homes
 from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.engine.offload_stream import StreamedHome
 from hf_zero_plugin.integration.zero_api import GatheredParameters
@@ -109,7 +109,7 @@ def _weights(engine: ZeroEngine) -> dict[str, Tensor]:
 def tiny_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "BUCKET_NUMEL", 2 * WIDTH * WIDTH)
     monkeypatch.setattr(sharded_assembly, "BUCKET_NUMEL", 2 * WIDTH * WIDTH)
-    monkeypatch.setattr(assembly, "STREAM_PIECE_NUMEL", WIDTH * WIDTH // 2)
+    monkeypatch.setattr(state_homes, "STREAM_PIECE_NUMEL", WIDTH * WIDTH // 2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
