@@ -8,14 +8,18 @@ One training step, world size 1, states offloaded and streamed through the devic
                 update of every piece is queued                                  master_weights.py, offload_*.py
                 one host read: norm and flag -> loss scale, schedule             loss_scaler.py, schedules.py
 
-``sharding.py`` says what a ZeRO stage shards; ``buckets.py`` says where everything lies.
+``sharding.py`` says what a ZeRO stage shards; ``buckets.py`` says where everything lies; ``assembly.py`` puts the parts
+together. What an engine does beside training is in what it inherits::
+
+    Saved       weights and states leave it and come back                        saving.py, checkpointing.py
+    Answering   settings, memory and the last step, for those who ask            answers.py
+    Timed       where the time of a step goes, if somebody wants to know         timeline.py
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -26,23 +30,22 @@ from torch import Tensor, nn
 
 from hf_zero_plugin.config.settings import EngineSettings
 from hf_zero_plugin.engine.activation_offload import ActivationOffload
+from hf_zero_plugin.engine.answers import Answering
 from hf_zero_plugin.engine.assembly import assemble
-from hf_zero_plugin.engine.checkpointing import load_engine, save_engine
 from hf_zero_plugin.engine.flops import FlopsProfiler
-from hf_zero_plugin.engine.grad_norm import grad_stats
+from hf_zero_plugin.engine.grad_norm import agreed_culprit, grad_stats
 from hf_zero_plugin.engine.loss_scaler import LossScaler
 from hf_zero_plugin.engine.low_precision import DTYPES, cast_floats
 from hf_zero_plugin.engine.master_weights import StepInputs
 from hf_zero_plugin.engine.parts import Assembly
-from hf_zero_plugin.engine.pending import values_of
 from hf_zero_plugin.engine.registry import register, unregister
 from hf_zero_plugin.engine.reports import StepReports, set_log_level
+from hf_zero_plugin.engine.saving import Saved
 from hf_zero_plugin.engine.schedules import build_scheduler
-from hf_zero_plugin.engine.serving import WeightServer, serving
 from hf_zero_plugin.engine.sharded_assembly import assemble_sharded
 from hf_zero_plugin.engine.sharding import sharding_for
 from hf_zero_plugin.engine.timeline import Timed
-from hf_zero_plugin.engine.watchdog import Watchdog, watched
+from hf_zero_plugin.engine.watchdog import Watchdog, steps_of, watched
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
 
 __all__ = ["ZeroEngine"]
@@ -50,7 +53,7 @@ __all__ = ["ZeroEngine"]
 logger = logging.getLogger("hf_zero_plugin")
 
 
-class ZeroEngine(Timed, nn.Module):
+class ZeroEngine(Answering, Saved, Timed, nn.Module):
     """Trains ``module`` under ZeRO stages 0 to 3, with or without offloaded optimizer states and weights.
 
     Args:
@@ -88,7 +91,7 @@ class ZeroEngine(Timed, nn.Module):
         self.scaler = LossScaler(settings.loss_scale) if settings.loss_scale is not None else None
         self.global_steps = 0
         """Boundaries reached, skipped steps included."""
-        self.watchdog = Watchdog(self.global_rank, self.world_size, _steps_of(self))
+        self.watchdog = Watchdog(self.global_rank, self.world_size, steps_of(self))
         shards_params = sharding_for(settings.stage, rank=0, world_size=1).shards_params
         build = assemble_sharded if shards_params else assemble
         self.parts: Assembly = build(
@@ -107,11 +110,9 @@ class ZeroEngine(Timed, nn.Module):
         self.micro_steps = 0
         self._forced_boundary: bool | None = None
         self._defers_reduction = False
-        self._grad_norm: float | None = None
         self._destroyed = False
         self._plain_modules: list[nn.Module] | None = None
         """All modules, unless one of them has a ``train`` of its own."""
-        self._server: WeightServer | None = None
         register(self)
         self._watch_if_asked(settings.wall_clock_breakdown)
         set_log_level(settings.log_level)
@@ -145,10 +146,6 @@ class ZeroEngine(Timed, nn.Module):
         if self._flops is None or not self.training or not self._flops.wants(self.global_steps + 1, phase):
             return contextlib.nullcontext()
         return self._flops.count(phase)
-
-    @property
-    def loss_scale(self) -> float:
-        return self.scaler.scale if self.scaler is not None else 1.0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Say whether the next backward is the last of its step; overrides the count of micro-steps."""
@@ -232,7 +229,8 @@ class ZeroEngine(Timed, nn.Module):
         culprit = None
         if not launched:
             if overflow:
-                culprit = self._culprit() if self.scaler is not None and self.scaler.is_exhausted else None
+                if self.scaler is not None and self.scaler.is_exhausted:
+                    culprit = agreed_culprit(parts.grads.first_bad_parameter(), parts.sharding.num_shards, self.group)
                 parts.grads.clear()
             else:
                 with self._span("update"):
@@ -258,26 +256,8 @@ class ZeroEngine(Timed, nn.Module):
         if self._flops is not None:
             self._flops.step_done(self.global_steps)
 
-    def _culprit(self) -> str | None:
-        """Name of the first parameter whose gradient is inf or nan on any rank. Collective."""
-        assert self.parts.grads is not None
-        found = self.parts.grads.first_bad_parameter()
-        if self.parts.sharding.num_shards > 1:
-            everywhere: list[tuple[int, str] | None] = [None] * self.world_size
-            dist.all_gather_object(everywhere, found, group=self.group)
-            found = min((one for one in everywhere if one is not None), default=None)
-        return found[1] if found is not None else None
-
     def _scale_note(self) -> str:
         return f", loss scale {self.scaler.scale:g}" if self.scaler is not None else ""
-
-    def get_global_grad_norm(self) -> float | None:
-        """L2 norm over all ranks of the last step's gradients, before clipping, loss scale taken out."""
-        return self._grad_norm
-
-    @property
-    def was_step_applied(self) -> bool:
-        return self.optimizer is not None and not self.optimizer.overflow
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears nothing: ``step`` clears gradients, and between micro-steps they must stay."""
@@ -288,129 +268,18 @@ class ZeroEngine(Timed, nn.Module):
         if self.parts.masters is not None:
             self.parts.masters.launch_rest()
 
-    # ---------------------------------------------------------------- looking at weights
+    # ---------------------------------------------------------------- weights that others see
 
     def synchronize(self) -> None:
         """Wait until every weight, master and state is up to date, also for the host."""
-        if self.parts.masters is not None:
-            self.parts.masters.synchronize()
+        self.parts.synchronize()
 
     def refresh_master_weights(self, params: Sequence[nn.Parameter] | None = None) -> None:
         """The weights (of ``params``, or all) were changed from outside: make the masters agree; states stay."""
         if self.parts.masters is not None:
             self.parts.masters.refresh_from_weights(None if params is None else self.parts.buckets_of(params))
 
-    def memory_report(self) -> dict[str, dict[str, int]]:
-        """Bytes of this rank by place ("device", "host") and kind."""
-        return self.parts.memory_report()
-
-    def zero_optimization_stage(self) -> int:
-        return self.settings.stage
-
-    def zero_optimization_partition_gradients(self) -> bool:
-        return self.parts.sharding.shards_grads
-
-    def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        gathers = self.settings.stage3.gather_16bit_weights_on_model_save
-        if not gathers and self.parts.shards is not None and self.global_rank == 0:
-            logger.warning(
-                "weights are not gathered: $.zero_optimization.stage3_gather_16bit_weights_on_model_save is false. Set "
-                "it to true, or call save_checkpoint(DIR) and make safetensors of that: hf-zero export DIR OUTPUT_DIR"
-            )
-        return gathers
-
-    @contextlib.contextmanager
-    def streamed_saving(self) -> Iterator[None]:
-        """Inside, ``_zero3_consolidated_16bit_state_dict`` gives weights that are gathered when they are written.
-
-        Every rank must enter and call it; the others' calls return when rank 0 leaves the context. See ``serving.py``.
-        """
-        with contextlib.ExitStack() as stack:
-            if self.parts.shards is not None:
-                self._server = stack.enter_context(serving(self.parts.shards))
-                stack.callback(setattr, self, "_server", None)
-            yield
-
-    def end_saving(self) -> None:
-        """On rank 0: everything has been written, the other ranks may go on. Harmless at any other time."""
-        if self._server is not None:
-            self._server.finish()
-
-    @watched("gathering weights to save them")
-    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
-        """All weights on the host of rank 0; an empty dict elsewhere. Collective at stage 3."""
-        self.synchronize()
-        frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
-        left_out = frozen if exclude_frozen_parameters else set()
-        if self._server is not None:
-            return self._server.weights(lambda name: name not in left_out)
-        if self.parts.shards is not None:
-            return self.parts.shards.state_dict(lambda name: name not in left_out)
-        if self.global_rank != 0:
-            return {}
-        return {
-            name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items() if name not in left_out
-        }
-
-    def gradient_accumulation_steps(self) -> int:
-        return self.settings.gradient_accumulation_steps
-
-    def train_micro_batch_size_per_gpu(self) -> int | None:
-        return self.settings.train_micro_batch_size_per_gpu
-
-    def train_batch_size(self) -> int | None:
-        return self.settings.train_batch_size
-
-    def get_lr(self) -> list[float]:
-        return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
-
-    # ---------------------------------------------------------------- checkpoints and the end
-
-    @watched("save_checkpoint")
-    def save_checkpoint(
-        self,
-        save_dir: str,
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Write ``save_dir/global_stepN``; every rank must call. Resumes at any number of ranks."""
-        return save_engine(self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
-
-    @watched("load_checkpoint")
-    def load_checkpoint(
-        self,
-        load_dir: str,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-    ) -> tuple[str | None, dict[str, Any]]:
-        """Read what ``save_checkpoint`` wrote; every rank must call.
-
-        Returns:
-            (path, client_state), or (None, {}) if ``load_dir`` holds no checkpoint of this engine.
-        """
-        return load_engine(
-            self,
-            load_dir,
-            tag,
-            strict=load_module_strict,
-            optimizer_states=load_optimizer_states and not load_module_only,
-            scheduler_states=load_lr_scheduler_states and not load_module_only,
-        )
-
-    def save_16bit_model(self, save_dir: str, save_filename: str = "model.safetensors") -> bool:
-        """Write the weights as one safetensors file, from rank 0; at stage 3 parameter by parameter."""
-        from hf_zero_plugin.checkpoint.export import save_weights
-
-        with self.streamed_saving():
-            state = self._zero3_consolidated_16bit_state_dict()
-            if self.global_rank == 0:
-                save_weights(state, save_dir, save_filename, values=values_of)
-        return True
+    # ---------------------------------------------------------------- as a module, and the end
 
     def compile(self, backend: str = "inductor", compile_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """``torch.compile`` the module, in place; pending updates are then waited for once, before it runs."""
@@ -460,23 +329,3 @@ def _has_train_of_its_own(module: nn.Module) -> bool:
     train = type(module).train
     known = train is nn.Module.train or train.__module__ == "transformers.modeling_utils"
     return not known or "train" in vars(module)
-
-
-def _steps_of(engine: ZeroEngine) -> Callable[[], int]:
-    reference = weakref.ref(engine)
-
-    def steps() -> int:
-        mine = reference()
-        return mine.global_steps if mine is not None else 0
-
-    return steps
-
-
-def trainable_groups(params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Torch-style param groups without frozen parameters and empty groups."""
-    raw: list[Any] = list(params)
-    as_groups = raw if raw and isinstance(raw[0], dict) else [{"params": raw}]
-    groups: list[dict[str, Any]] = [dict(group) for group in as_groups]
-    for group in groups:
-        group["params"] = [p for p in group["params"] if p.requires_grad]
-    return [group for group in groups if group["params"]]

@@ -1,4 +1,4 @@
-"""Global gradient norm, non-finite flag and clip coefficient. Everything stays on the device: no host sync here."""
+"""Global gradient norm, non-finite flag and clip coefficient, on the device, without a host sync; who is to blame."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["GradStats", "grad_stats"]
+__all__ = ["GradStats", "agreed_culprit", "grad_stats"]
 
 
 class GradStats(NamedTuple):
@@ -70,3 +70,17 @@ def _norms(grads: Sequence[Tensor], device: torch.device) -> Tensor:
         here = [grad for grad in grads if grad.device == place]
         parts.append(torch.stack(torch._foreach_norm(here, 2.0, dtype=torch.float32)).to(device))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def agreed_culprit(found: tuple[int, str] | None, num_shards: int, group: dist.ProcessGroup | None) -> str | None:
+    """Name of the first parameter whose gradient is inf or nan on any rank. Collective, if there are shards.
+
+    Args:
+        found: index and name of the first in this rank's shards.
+        num_shards: 1 if all ranks hold the same gradients, else the number of ranks.
+    """
+    if num_shards > 1:
+        everywhere: list[tuple[int, str] | None] = [None] * num_shards
+        dist.all_gather_object(everywhere, found, group=group)
+        found = min((one for one in everywhere if one is not None), default=None)
+    return found[1] if found is not None else None

@@ -82,10 +82,14 @@ class Assembly:
         for home in self.masters.homes if self.masters is not None else []:
             home.forget_prefetched()
 
+    def synchronize(self) -> None:
+        """Wait until every weight, master and state is up to date, also for the host."""
+        if self.masters is not None:
+            self.masters.synchronize()
+
     def close(self) -> None:
         try:
-            if self.masters is not None:
-                self.masters.synchronize()
+            self.synchronize()
         finally:  # an update that failed must not keep its thread and hooks alive
             self._detach()
 

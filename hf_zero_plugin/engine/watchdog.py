@@ -29,7 +29,7 @@ import torch.distributed as dist
 from hf_zero_plugin.engine.heartbeats import Heartbeats, Listener
 from hf_zero_plugin.errors import CollectiveError, ConfigError
 
-__all__ = ["TIMEOUT_VARIABLE", "Watchdog", "asked_timeout", "watched"]
+__all__ = ["TIMEOUT_VARIABLE", "Watchdog", "asked_timeout", "steps_of", "watched"]
 
 TIMEOUT_VARIABLE = "HF_ZERO_COLLECTIVE_TIMEOUT"
 _SIGNS = ("timed out", "timeout", "connection closed by peer", "connection reset by peer", "gloo", "nccl")
@@ -133,6 +133,17 @@ class Watchdog:
     def waiting_since(self) -> float | None:
         doing = self._doing[-1:]
         return doing[0][1] if doing else None
+
+
+def steps_of(engine: Any) -> Callable[[], int]:
+    """Asks ``engine`` for its steps, and does not keep it alive."""
+    reference = weakref.ref(engine)
+
+    def steps() -> int:
+        mine = reference()
+        return mine.global_steps if mine is not None else 0
+
+    return steps
 
 
 def watched(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

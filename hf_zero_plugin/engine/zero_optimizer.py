@@ -6,15 +6,16 @@ It owns the param groups, which schedules write to, and nothing else: states liv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from hf_zero_plugin.engine.engine import ZeroEngine
 
-__all__ = ["ZeroOptimizer"]
+__all__ = ["ZeroOptimizer", "trainable_groups"]
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -68,3 +69,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"defaults": self.defaults, "param_groups": self.param_groups}
+
+
+def trainable_groups(params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Torch-style param groups without frozen parameters and empty groups."""
+    raw: list[Any] = list(params)
+    as_groups = raw if raw and isinstance(raw[0], dict) else [{"params": raw}]
+    groups: list[dict[str, Any]] = [dict(group) for group in as_groups]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    return [group for group in groups if group["params"]]

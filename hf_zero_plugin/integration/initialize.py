@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from hf_zero_plugin.config.auto import ResolvedConfig
 from hf_zero_plugin.config.load import load_config
 from hf_zero_plugin.config.settings import EngineSettings
-from hf_zero_plugin.engine.engine import ZeroEngine, trainable_groups
+from hf_zero_plugin.engine.engine import ZeroEngine
+from hf_zero_plugin.engine.zero_optimizer import trainable_groups
 from hf_zero_plugin.errors import ConfigError, UnsupportedFeature
 from hf_zero_plugin.integration.accelerator import current_device
 from hf_zero_plugin.integration.comm import init_distributed
