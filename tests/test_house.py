@@ -1,4 +1,4 @@
-"""What the folder promises about itself: versions that agree with each other, a licence, commands that exist."""
+"""What the folder promises about itself: versions that agree, a licence, commands that exist, small files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ pytestmark = pytest.mark.skipif(not (REPO / "setup.cfg").is_file(), reason="not 
 
 UNTESTED = {"pre-commit"}
 """Dependencies whose newest version will do."""
+
+MAX_LINES = 350
+"""Of a file of the package, as CONTRIBUTING.md says. A longer one holds more than one idea: give each a file."""
 
 
 def _constraints() -> dict[str, Requirement]:
@@ -63,3 +66,14 @@ def test_make_names_its_targets() -> None:
 def test_the_package_is_typed_and_licensed() -> None:
     assert (Path(hf_zero_plugin.__file__).parent / "py.typed").is_file()
     assert "Apache License" in (REPO / "LICENSE").read_text()
+
+
+def test_no_file_of_the_package_is_too_long_to_hold_one_idea() -> None:
+    package = Path(hf_zero_plugin.__file__).parent
+    lengths = {
+        str(path.relative_to(package)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in package.rglob("*.py")
+    }
+    assert len(lengths) > 100
+    too_long = {path: length for path, length in lengths.items() if length > MAX_LINES}
+    assert not too_long, f"longer than {MAX_LINES} lines: {too_long}"
