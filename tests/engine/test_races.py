@@ -19,7 +19,7 @@ from hf_zero_plugin.config.settings import (
     OffloadOptimizerSettings,
     OptimizerSettings,
 )
-from hf_zero_plugin.engine import assembly, offload_stream
+from hf_zero_plugin.engine import assembly, offload_stream, state_homes
 from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.engine.offload_stream import StreamedHome
 
@@ -66,7 +66,7 @@ def _stream_on_the_cpu(monkeypatch: pytest.MonkeyPatch, *, room: bool) -> None:
     def home(context: Any, pieces: Any, **_: Any) -> StreamedHome:
         return StreamedHome(context, pieces, pin_memory=False)
 
-    monkeypatch.setattr(assembly, "HostHome", home)
+    monkeypatch.setattr(state_homes, "HostHome", home)
     monkeypatch.setattr(offload_stream, "_allocated_bytes", Room(room))
 
 
