@@ -8,6 +8,9 @@ Between those two moments ``GatheredParameters`` sees parameters that are absent
 
     modifier_rank=0      nothing to do: rank 0 has them, and its changes are what counts later
     anything else        the values are lent to the ranks that lack them, for as long as the context lasts
+
+Random numbers in half precision take a CPU about 20 ns each, minutes for a few billion, so large tensors of such types
+are drawn on the GPU, if there is one, and brought back.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_zero_plugin.integration.accelerator import current_device
 from hf_zero_plugin.integration.comm import init_distributed
@@ -34,6 +38,39 @@ _any_absent = False
 _register: Callable[..., None] = nn.Module.register_parameter
 
 
+DRAWN_ELSEWHERE_NUMEL = 2**20
+"""Half-precision tensors of this size or more are drawn on the GPU."""
+
+_DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+
+
+class _DrawOnGPU(TorchDispatchMode):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _DRAWS or kwargs.get("generator") is not None or not _is_slow_to_draw(args[0]):
+            return func(*args, **kwargs)
+        target: Tensor = args[0]
+        try:
+            drawn = func(torch.empty_like(target, device=self._device), *args[1:], **kwargs)
+        except torch.OutOfMemoryError:
+            return func(*args, **kwargs)
+        return target.copy_(drawn)
+
+
+def _is_slow_to_draw(tensor: Tensor) -> bool:
+    is_half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return is_half and tensor.device.type == "cpu" and tensor.numel() >= DRAWN_ELSEWHERE_NUMEL
+
+
+def _drawing_device() -> torch.device | None:
+    device = current_device()
+    return device if device.type == "cuda" else None
+
+
 class Init:
     """Context in which parameters get memory on rank 0 only.
 
@@ -45,6 +82,7 @@ class Init:
 
     def __init__(self, module: nn.Module | None = None, *, enabled: bool = True, **ignored: Any) -> None:
         self.enabled = enabled
+        self._drawing: _DrawOnGPU | None = None
         if module is not None and enabled:
             init_distributed()
             _note()
@@ -61,10 +99,17 @@ class Init:
             _depth += 1
             if _depth == 1 and dist.get_rank() != 0:
                 nn.Module.register_parameter = _register_absent  # type: ignore[method-assign]
+            device = _drawing_device()
+            if _depth == 1 and device is not None:
+                self._drawing = _DrawOnGPU(device)
+                self._drawing.__enter__()
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         global _depth
+        if self._drawing is not None:
+            self._drawing.__exit__(*exc_info)
+            self._drawing = None
         if self.enabled:
             _depth -= 1
             if _depth == 0:
