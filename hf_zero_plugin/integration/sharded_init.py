@@ -9,8 +9,8 @@ Between those two moments ``GatheredParameters`` sees parameters that are absent
     modifier_rank=0      nothing to do: rank 0 has them, and its changes are what counts later
     anything else        the values are lent to the ranks that lack them, for as long as the context lasts
 
-Random numbers in half precision take a CPU about 20 ns each, minutes for a few billion, so large tensors of such types
-are drawn on the GPU, if there is one, and brought back.
+Random numbers in half precision are drawn one at a time by a CPU, 6 ns each and minutes for tens of billions, so large
+tensors of such types are drawn on the GPU, if there is one, and brought back.
 """
 
 from __future__ import annotations
