@@ -106,7 +106,11 @@ class StreamedHome(Home):
 
     def start_backward(self) -> None:
         self._compute = torch.cuda.current_stream(self.context.device)
-        self._ceiling = _allocated_bytes(self.context.device)
+        self._reap()
+        # Buffers of the last step that are still on their way down are no activations: counted here, they would let
+        # this pass stage as much on top of what it stages anyway, and the next one more again.
+        leaving = sum(one.buffer.numel() for one in self._leaving)
+        self._ceiling = _allocated_bytes(self.context.device) - leaving
 
     def prefetch(self) -> None:
         """Stage what fits now. Runs on autograd's thread, between two operations of the backward pass."""

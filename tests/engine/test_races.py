@@ -197,6 +197,21 @@ def test_a_checkpoint_is_complete_right_after_a_step(tmp_path: Path, monkeypatch
     assert all(torch.equal(a, b) for a, b in zip(wanted, second.module.parameters(), strict=True))
 
 
+def test_buffers_on_their_way_down_make_no_room_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that is slower than the step: what one step has staged is still there when the next backward begins."""
+    _stream_on_the_cpu(monkeypatch, room=True)
+    with RaceDetector(sees_ends=False) as detector:
+        engine = _watched(detector, _engine("bf16", "cpu"))
+        (home,) = _homes(engine)
+        _train(engine, 2)
+        leaving = sum(one.buffer.numel() for one in home._leaving)
+        assert leaving > 0
+        monkeypatch.setattr(offload_stream, "_allocated_bytes", lambda _: 5000 + leaving)
+        home.start_backward()
+        assert home._ceiling == 5000
+        engine.destroy()
+
+
 def _without_waiting_for_the_update(home: StreamedHome, bucket: int) -> None:
     return None
 
