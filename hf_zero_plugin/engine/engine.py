@@ -201,6 +201,7 @@ class ZeroEngine(Answering, Saved, Timed, nn.Module):
             return
         parts, optimizer = self.parts, self.optimizer
         assert parts.masters is not None and parts.grads is not None and optimizer is not None
+        parts.masters.wait_all()  # of a step before this one, if no backward pass came between: its gradients are used
         if parts.doors is not None:
             parts.doors.settle()
         with self._span("norm"):

@@ -46,8 +46,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             client._opt_called = True  # type: ignore[attr-defined]
 
     def hyperparameters(self) -> list[dict[str, Any]]:
-        """The groups without their parameters, copied."""
-        return [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        """The groups without their parameters, copied: tensors too, because schedules write into them."""
+        return [{key: _copy(value) for key, value in group.items() if key != "params"} for group in self.param_groups]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Nothing to do: ``engine.step`` steps."""
@@ -69,6 +69,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"defaults": self.defaults, "param_groups": self.param_groups}
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def trainable_groups(params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
