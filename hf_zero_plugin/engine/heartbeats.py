@@ -4,29 +4,37 @@ A rank that waits too long reads what the others wrote. Whoever's line changes i
 rank is; whoever's does not is silent, which means ended or frozen. Clocks of several hosts need not agree: silence is
 counted by the listener, from the moment it began to listen.
 
-The connection is one of its own, because the group's is held for as long as something waits on it.
+The connection is one of its own, because the group's is held for as long as something waits on it. Every engine of a
+process has its own place in the store: engines are made in the same order on every rank.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import torch.distributed as dist
+
+from hf_zero_plugin.engine.patient_store import PatientStore
 
 __all__ = ["Heartbeats", "Listener"]
 
 _KEY = "hf_zero_plugin/alive/{}"
 MOST_NAMED = 8
+PATIENCE_S = 5.0
+"""So long the store may take for an answer."""
+
+_numbers = itertools.count()
 
 
 class Heartbeats:
     """What this process writes. Nothing here raises: a store that does not answer is a finding."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, patience_s: float = PATIENCE_S) -> None:
         self.rank = rank
         self.world_size = world_size
         self._count = 0
-        self._store = _connect()
+        self._store = _connect(next(_numbers), patience_s)
 
     def beat(self, where: str) -> None:
         """Write that this rank lives. ``where`` is for people."""
@@ -45,7 +53,7 @@ class Heartbeats:
 class Listener:
     """What one waiting thread has heard since it began to listen. Call ``hear`` from time to time."""
 
-    def __init__(self, others: list[int], store: dist.Store | None) -> None:
+    def __init__(self, others: list[int], store: dist.Store | PatientStore | None) -> None:
         self._others = others
         self._store = store
         self._store_fails = False
@@ -57,6 +65,7 @@ class Listener:
 
     def hear(self) -> None:
         now = time.monotonic()
+        self._store_fails = False
         for other in self._others:
             line = self._read(other)
             for kept, value in ((self._heard, line), (self._moved, _where(line))):
@@ -101,15 +110,16 @@ class Listener:
         return " ".join([*lost, *alive][:MOST_NAMED])
 
 
-def _connect() -> dist.Store | None:
+def _connect(number: int, patience_s: float) -> PatientStore | None:
     """None where the store cannot be reached a second time."""
     if not dist.is_initialized():
         return None
     clone = getattr(dist.distributed_c10d._get_default_store(), "clone", None)
     try:
-        return clone() if clone is not None else None
+        own = dist.PrefixStore(f"hf_zero_plugin/{number}", clone()) if clone is not None else None
     except RuntimeError:
         return None
+    return PatientStore(own, patience_s) if own is not None else None
 
 
 def _where(line: str) -> str:
