@@ -5,7 +5,7 @@ model's part. Around every entry of the engine this file notes what is being don
 a failed collective into an error that says so. Ranks that still wait at nine tenths of the time-out say it, and what
 they hear of the others (``heartbeats.py``). Gloo ends a wait with an exception. Nothing can interrupt a wait for NCCL,
 and its own time-out was seen to leave processes alone for a minute and more, so when the time is over and another rank
-has been silent, or somewhere else, all the while, this process is ended here.
+has been silent nearly all the while, or somewhere else for as long as a time-out, this process is ended here.
 
 ``HF_ZERO_COLLECTIVE_TIMEOUT=seconds`` sets the time-out of the process group, and switches this watch on.
 """
@@ -26,7 +26,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch.distributed as dist
 
-from hf_zero_plugin.engine.heartbeats import Heartbeats, Listener
+from hf_zero_plugin.engine.heartbeats import PATIENCE_S, Heartbeats, Listener
 from hf_zero_plugin.errors import CollectiveError, ConfigError
 
 __all__ = ["TIMEOUT_VARIABLE", "Watchdog", "asked_timeout", "steps_of", "watched"]
@@ -76,8 +76,10 @@ class Watchdog:
         """There if a time-out was asked for."""
         self.listener: Listener | None = None
         """Of the thread that watches, while this rank waits."""
+        self.looked_at = time.monotonic()
+        """When that thread has looked last."""
         if self._limit_s is not None:
-            self.beats = Heartbeats(rank, world_size)
+            self.beats = Heartbeats(rank, world_size, min(PATIENCE_S, self._limit_s / 10))
             _watch_from_aside(self, self._limit_s)
 
     @property
@@ -188,7 +190,10 @@ def _look_once(watchdog: Watchdog, limit_s: float, told: float | None) -> float 
     place = watchdog.place
     beats.beat(place)
     waited = time.monotonic() - since if since is not None else 0.0
-    if waited < LISTENS_FROM * limit_s:
+    stood_still = time.monotonic() - watchdog.looked_at > 0.5 * limit_s
+    watchdog.looked_at = time.monotonic()
+    # Where nobody listened there was no silence: this thread, or the whole job, may have been frozen.
+    if waited < LISTENS_FROM * limit_s or stood_still:
         watchdog.listener = None
         return told
     if watchdog.listener is None:
@@ -199,7 +204,10 @@ def _look_once(watchdog: Watchdog, limit_s: float, told: float | None) -> float 
     if since != told and waited > 0.9 * limit_s:
         logger.error("%s", heard)
         told = since
-    if waited > limit_s and listener.elsewhere(place, 0.8 * limit_s) and _waits_without_end():
+    # Who lives, elsewhere, may be waiting for this rank, which is busy: for that it has a time-out of its own.
+    is_in_vain = bool(listener.silent(0.8 * limit_s) or listener.elsewhere(place, limit_s))
+    still_waits = watchdog.waiting_since() == since  # listening has taken its time
+    if waited > limit_s and is_in_vain and still_waits and _waits_without_end():
         logger.critical("%s The time-out of %g s is over: this process ends.", heard, limit_s)
         logging.shutdown()
         sys.stderr.flush()
