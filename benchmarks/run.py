@@ -101,8 +101,19 @@ def parse_cells(specs: list[str], engines: str) -> list[tuple[dict[str, Any], li
             for batch in batches.split(","):
                 job = {"model": model, "precision": precision, "batch": int(batch), **options}
                 job["fresh"] = int(bool(job.get("fresh") or job.get("clean") or is_large(model)))
+                check_turns(spec, job, names)
                 jobs.append((job, names))
     return jobs
+
+
+def check_turns(spec: str, job: dict[str, Any], engines: list[str]) -> None:
+    """Raises ValueError: the cell cannot be run in the turns that it asks for."""
+    if not job.get("turns", 0):
+        return
+    if job["turns"] < 0 or job.get("warmup", 1) < 1:
+        raise ValueError(f"{spec!r}: turns begin after a warm-up, so turns and warmup must be 1 or more")
+    if len(set(engines)) < len(engines):
+        raise ValueError(f"{spec!r}: an engine is one process and cannot wait for two turns at once; name each once")
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -145,8 +156,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args, passed_on = build_parser().parse_known_args()
-    jobs = parse_cells(args.cells, args.engines)
+    parser = build_parser()
+    args, passed_on = parser.parse_known_args()
+    try:
+        jobs = parse_cells(args.cells, args.engines)
+    except ValueError as error:
+        parser.error(str(error))
     start = time.time()
     around = Surroundings(args.out.with_suffix(".log"), args.peer_path, tuple(passed_on), host_gib=args.host_gib)
     with appending(args.out) as keep, Pool(around, args.first_timeout) as pool:

@@ -195,6 +195,16 @@ def test_a_run_in_turns_waits_before_each_turn_and_times_nothing_else() -> None:
     assert [record["steps"] for record in result["turns"]] == [TURN_STEPS] * 2
 
 
+@pytest.mark.parametrize("cell", ["plain,ours,ours:turns=2", "ours:turns=-1", "ours:turns=2,warmup=0", "our:turns=2"])
+def test_turns_that_cannot_be_taken_are_refused(cell: str, tmp_path: Path) -> None:
+    """Two turns of one process would answer each other's questions."""
+    script = str(ROOT / "benchmarks" / "run.py")
+    command = [sys.executable, script, "--out", str(tmp_path / "out.jsonl"), "--cells", f"t5-base:fp16:8:{cell}"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "t5-base:fp16:8" in ended.stderr and "Traceback" not in ended.stderr
+
+
 def test_turns_become_rounds() -> None:
     turns = [_line("ours", 10.0), _line("ours", 20.0)]
     records = [{name: turn[name] for name in ("step_ms", "step_ms_median", "step_ms_mean")} for turn in turns]
