@@ -6,9 +6,10 @@
         if rank == 0:
             model.generate(...)         FSDP2 would gather again, and wait for the other ranks
 
-FSDP2 keeps its hooks and its copies of weights; they are filled from what is gathered. Afterwards every rank must know
-the same again: nothing is left gathered, and FSDP2 forgets the order in which units ran, from which it guesses what to
-fetch next. Like ``fsdp.py`` this file knows its insides.
+FSDP2 keeps its hooks and its copies of weights; they are filled from what is gathered, and dropped when a unit has run:
+the model must not show them to somebody who then changes them. Afterwards every rank must know the same again: nothing
+is left gathered, and FSDP2 forgets the order in which units ran, from which it guesses what to fetch next. Like
+``fsdp.py`` this file knows its insides.
 """
 
 from __future__ import annotations
@@ -46,9 +47,12 @@ def running_on(model: nn.Module, whole_of: Callable[[Any], Tensor | None]) -> It
     for group in groups:
         drop_pending(group)
         vars(group).update({"unshard": _filler(group, whole_of), _MARK: True})
+    handles = [module.register_forward_hook(_dropper(group)) for group in groups for module in group.modules]
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         del order[num_run:]
         for group in everything:
             group._post_forward_indices[:] = [index for index in group._post_forward_indices if index < num_run]
@@ -79,6 +83,14 @@ def _filler(group: Any, whole_of: Callable[[Any], Tensor | None]) -> Callable[..
         group._to_unsharded()
 
     return unshard
+
+
+def _dropper(group: Any) -> Callable[..., None]:
+    def drop(*_: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:  # a backward pass that runs a unit again goes on with it
+            group._to_sharded()
+
+    return drop
 
 
 @torch.no_grad()

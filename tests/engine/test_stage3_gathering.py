@@ -131,6 +131,43 @@ def _runs_on_what_is_changed(engine: ZeroEngine, model: Net) -> bool:
         return torch.equal(model(batch(0)), inside)
 
 
+def _changed_after_a_run_with_gradients(engine: ZeroEngine, model: Net) -> bool:
+    """What the model shows is what is gathered, not FSDP2's copies, which would be forgotten with their changes."""
+    with GatheredParameters(model.parameters(), modifier_rank=0):
+        inside = None
+        if rank_and_size()[0] == 0:
+            loss_of(model, batch(0))
+            for param in model.parameters():
+                param.data.mul_(0.5)
+            inside = [param.detach().clone() for param in model.parameters()]
+    with GatheredParameters(model.parameters()):
+        return inside is None or all(torch.equal(p.detach(), q) for p, q in zip(model.parameters(), inside))
+
+
+def _trains_inside(engine: ZeroEngine, model: Net) -> bool:
+    """Forward and backward pass in the context, on all ranks: the gradients are those of any other place."""
+    other = engine_for(Net(), **next(options for options in PLACES.values() if _is_of(options, engine)))
+    for module in (model, other.module):
+        with GatheredParameters(module.parameters(), modifier_rank=0), torch.no_grad():
+            for number, param in enumerate(module.parameters()):
+                param.copy_(torch.linspace(-0.3, 0.3 + 0.01 * number, param.numel()).view(param.shape))
+    norms = []
+    for one, place in ((engine, GatheredParameters(model.parameters())), (other, ExitStack())):
+        with place:
+            one.backward(loss_of(one, batch(0)))
+        one.step()
+        norms.append(one.get_global_grad_norm())
+    return bool(norms[0] == norms[1] > 0)
+
+
+def _is_of(options: dict[str, Any], engine: ZeroEngine) -> bool:
+    precision, device = options.get("precision", "fp32"), options.get("params_on", "none")
+    whole = options.get("whole", 0)
+    settings = engine.settings
+    mine = (settings.precision, settings.offload_param.device, settings.stage3.param_persistence_threshold)
+    return mine == (precision, device, whole)
+
+
 def _fails_alone(engine: ZeroEngine, model: Net) -> bool:
     """An error in the forward pass of one rank leaves a model that runs."""
     rank, world_size = rank_and_size()
@@ -188,6 +225,8 @@ SCENES: list[Scene] = [
     _copies,
     _one_rank_runs,
     _runs_on_what_is_changed,
+    _changed_after_a_run_with_gradients,
+    _trains_inside,
     _fails_alone,
     _another_shape,
 ]
