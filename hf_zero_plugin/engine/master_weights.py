@@ -11,6 +11,7 @@ A home is given pieces of buckets and steps them. Three homes exist::
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -249,9 +250,17 @@ class MasterWeights:
 
     def prefetch_after(self, layouts: Sequence[BucketLayout], params: Sequence[nn.Parameter]) -> None:
         """Fetch states as the backward pass frees memory: when a bucket's last gradient is due."""
+        # A hook of a parameter is hidden from the garbage collector: what it held on to would stay for ever.
+        reference = weakref.ref(self)
+
+        def prefetch(_: Tensor) -> None:
+            mine = reference()
+            if mine is not None:
+                mine.prefetch_if_due()
+
         for layout in layouts[::2]:  # looking for room has a price, and every second time is enough
             first = min(slot.spec.index for slot in layout.slots)
-            self._handles.append(params[first].register_post_accumulate_grad_hook(lambda _: self.prefetch_if_due()))
+            self._handles.append(params[first].register_post_accumulate_grad_hook(prefetch))
 
     def prefetch_if_due(self) -> None:
         """Within a backward pass that a step follows: fetch states into memory that has become free."""

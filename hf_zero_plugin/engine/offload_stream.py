@@ -30,8 +30,10 @@ Source of the idea of streaming states through the device: Deep Optimizer States
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -308,6 +310,12 @@ class StreamedHome(Home):
         self.synchronize()
         self._staged.clear()
         self._arena.release()
+
+    def __del__(self) -> None:
+        # The engine was dropped, but the model may stay: its weights are those of the last step, all of them.
+        if not sys.is_finalizing():
+            with suppress(Exception):  # it may not have been made to its end
+                self.synchronize()
 
     @property
     def num_bytes(self) -> dict[str, int]:

@@ -6,8 +6,8 @@ through one of these doors, and each door waits for no more than it needs:
     a module's forward           its own parameters' buckets (pre-forward hooks on modules that own parameters), and
                                  those of modules below it that others read without calling them (``settle``);
                                  all buckets, once, if the model is compiled (``wait_at``)
-    named_parameters, parameters, state_dict, load_state_dict, copying and pickling, of any module of the model or
-    around it                                                                                  all buckets
+    named_parameters, parameters, state_dict, load_state_dict, copying, pickling, moving (``to``) and casting, of any
+    module of the model or around it                                                           all buckets
     GatheredParameters, save, evaluate, export, destroy                                       all buckets
 
 Code that keeps a tensor of its own and reads it right after ``step`` calls ``engine.synchronize()``. Code that walks
@@ -200,8 +200,8 @@ def _patch() -> None:
     """
     if _patched:
         return
-    # __reduce_ex__ is what copy.deepcopy and pickle ask first.
-    for name in ("named_parameters", "state_dict", "load_state_dict", "__reduce_ex__"):
+    # __reduce_ex__ is what copy.deepcopy and pickle ask first; _apply is behind to(), cpu(), half() and their kin.
+    for name in ("named_parameters", "state_dict", "load_state_dict", "__reduce_ex__", "_apply"):
         _patched[name] = nn.Module.__dict__.get(name)
         setattr(nn.Module, name, _guarded(name, getattr(nn.Module, name)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -33,11 +34,25 @@ def test_an_engine_that_is_dropped_after_a_step_leaves_the_weights_of_that_step(
         engine.backward(engine(x).float().square().mean())
         engine.step()
         assert _homes(engine)[0]._rest is not None
+        gone = weakref.ref(engine)
         del engine
         gc.collect()
+        assert gone() is None
         found = _weights(model)
     assert detector.races == []
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_an_engine_and_a_model_that_are_dropped_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their states are page-locked memory."""
+    _stream_on_the_cpu(monkeypatch, room=True)
+    with RaceDetector():
+        engine = _engine("bf16", "cpu")
+        _train(engine, 2)
+        gone = weakref.ref(_homes(engine)[0])
+        del engine
+        gc.collect()
+        assert gone() is None
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -79,3 +94,21 @@ def test_a_learning_rate_that_is_a_tensor_is_the_one_of_its_step() -> None:
     (group,) = optimizer.hyperparameters()
     rate.fill_(0.1)
     assert group["lr"] == 0.5
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_model_that_is_moved_or_cast_takes_the_updated_weights_along(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``model.to`` and its kin go through ``_apply``, which looks at every parameter without naming it."""
+    wanted = [weight.double() for weight in _train(_engine(precision, "none"), 1)]
+    _stream_on_the_cpu(monkeypatch, room=True)
+    with RaceDetector() as detector:
+        engine = _watched(detector, _engine(precision, "cpu"))
+        x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+        engine.backward(engine(x.to(next(engine.module.parameters()).dtype)).float().square().mean())
+        engine.step()
+        found = _weights(engine.module.double())
+        engine.destroy()
+    assert detector.races == []
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
