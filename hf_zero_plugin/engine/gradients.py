@@ -17,6 +17,8 @@ parameter without a gradient counts as zero. So ranks that skip different branch
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,10 +82,16 @@ class GradientStore:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
+        # A hook of a parameter is hidden from the garbage collector: what it held on to would stay for ever.
+        reference = weakref.ref(self)
+
+        def on_grad(param: Tensor, index: int) -> None:
+            mine = reference()
+            if mine is not None:
+                mine._on_grad(index, param)
+
         for index, param in enumerate(self.params):
-            self._handles.append(
-                param.register_post_accumulate_grad_hook(lambda param, index=index: self._on_grad(index, param))
-            )
+            self._handles.append(param.register_post_accumulate_grad_hook(functools.partial(on_grad, index=index)))
 
     def detach(self) -> None:
         for handle in self._handles:

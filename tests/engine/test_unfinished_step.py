@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
+from tests.helpers import run_ranks
 
 from .races import RaceDetector
+from .stage3 import Net, engine_for, train
 from .test_races import WIDTH, _engine, _homes, _stream_on_the_cpu, _train, _watched, tiny_buckets
 
 __all__ = ["tiny_buckets"]
@@ -112,3 +114,16 @@ def test_a_model_that_is_moved_or_cast_takes_the_updated_weights_along(
         engine.destroy()
     assert detector.races == []
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def _store_is_gone() -> bool:
+    engine = engine_for(Net(), stage=2)
+    train(engine, 1)
+    gone = weakref.ref(engine.parts.grads)
+    del engine
+    gc.collect()
+    return gone() is None
+
+
+def test_gradients_of_several_ranks_are_dropped_with_their_engine() -> None:
+    assert run_ranks(_store_is_gone, 2) == [True, True]
