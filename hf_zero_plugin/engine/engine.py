@@ -299,12 +299,13 @@ class ZeroEngine(Answering, Saved, Timed, nn.Module):
             self.parts.close()
 
     def train(self, mode: bool = True) -> ZeroEngine:
-        """As always, but free of cost where every module is in that mode already: the Trainer calls it every step."""
+        """As always, but free of cost where every module trains already: the Trainer calls it every step."""
         if self._plain_modules is None:
             modules = list(self.module.modules())
             overrides = any(_has_train_of_its_own(module) for module in modules)
             self._plain_modules = [] if overrides else modules
-        if not self._plain_modules or any(module.training is not mode for module in self._plain_modules):
+        # A module that was attached since is not in the list: it came training, and eval() reaches it the long way.
+        if not mode or not self._plain_modules or not all(module.training for module in self._plain_modules):
             return super().train(mode)
         self.training = mode
         return self

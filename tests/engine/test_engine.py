@@ -671,3 +671,14 @@ def test_memory_report_counts_bytes_per_element(
     report = engine.memory_report()
     assert report["device"] == {kind: size * 4096 for kind, size in device.items()}
     assert {kind: report["host"][kind] for kind in host} == {kind: size * 4096 for kind, size in host.items()}
+
+
+def test_a_module_attached_later_is_put_into_evaluation_too() -> None:
+    engine = make_engine(Tiny())
+    engine.train()
+    engine.module.adapter = nn.Dropout()
+    engine.eval()
+    assert not engine.module.adapter.training
+    engine.train()
+    assert all(module.training for module in engine.module.modules())
+    engine.destroy()
