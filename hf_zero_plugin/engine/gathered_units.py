@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from hf_zero_plugin.engine.fsdp import drop_pending, fsdp_modules, groups_of
+from hf_zero_plugin.engine.fsdp_rooms import fill_room, room_for_whole
 
 __all__ = ["running_on"]
 
@@ -79,7 +80,8 @@ def _filler(group: Any, whole_of: Callable[[Any], Tensor | None]) -> Callable[..
         for handle in group.fsdp_params:
             whole = whole_of(handle)
             assert whole is not None
-            _fill(handle, whole, group.device)
+            fill_room(room_for_whole(handle, handle.mesh_info.shard_mesh_size, group.device), whole)
+            handle.init_unsharded_param()
         group._to_unsharded()
 
     return unshard
@@ -91,17 +93,3 @@ def _dropper(group: Any) -> Callable[..., None]:
             group._to_sharded()
 
     return drop
-
-
-@torch.no_grad()
-def _fill(handle: Any, whole: Tensor, device: torch.device) -> None:
-    """``whole``, which has no padding, into the storage of FSDP2's copy, which has it at its end."""
-    shard = handle._sharded_param_data
-    handle.init_all_gather_outputs([shard.numel()], [shard.dtype], handle.mesh_info.shard_mesh_size, device)
-    room: Tensor = handle.all_gather_outputs[0]
-    num_bytes = room.numel() * room.element_size()
-    if room.untyped_storage().size() != num_bytes:
-        room.untyped_storage().resize_(num_bytes)
-    with torch.autograd._unsafe_preserve_version_counter(room):
-        room[: whole.numel()].copy_(whole.reshape(-1))
-    handle.init_unsharded_param()

@@ -23,6 +23,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import AllGatherResul
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from hf_zero_plugin.engine.fsdp import fsdp_modules, groups_of
+from hf_zero_plugin.engine.fsdp_rooms import fill_room, room_for_whole
 from hf_zero_plugin.engine.master_weights import MasterWeights
 from hf_zero_plugin.engine.shards import Shards
 
@@ -90,13 +91,13 @@ class UnitTransfers:
             self._shards.watchdog.last_gathered = group._module_fqn or "the root"
         # Allocated, used and freed in the order of the compute stream: the copy waits for what that had queued when
         # the room was made, so with one unit fetched ahead it runs while the unit before it computes.
-        rooms = [self._room(handle) for handle in group.fsdp_params]
+        rooms = [room_for_whole(handle, 1, self._device) for handle in group.fsdp_params]
         with self._behind_compute() as event:
             if self._masters is not None and self._masters.any_pending:
                 for bucket in buckets:
                     self._masters.wait(bucket)
             for room, handle in zip(rooms, group.fsdp_params):
-                _copy(room, handle._sharded_param_data)
+                fill_room(room, handle._sharded_param_data)
         group._all_gather_result = AllGatherResult(rooms[0], event[0] if event else None, None, [], [], [])
 
     @contextmanager
@@ -111,16 +112,6 @@ class UnitTransfers:
             yield event
         # The caller reads the event after the block.
         event.append(self._stream.record_event())
-
-    def _room(self, handle: Any) -> Tensor:
-        """Device memory for a whole parameter, flat: FSDP2 frees it when the unit is resharded."""
-        source = handle._sharded_param_data
-        handle.init_all_gather_outputs([source.numel()], [source.dtype], 1, self._device)
-        room: Tensor = handle.all_gather_outputs[0]
-        num_bytes = room.numel() * room.element_size()
-        if room.untyped_storage().size() != num_bytes:
-            room.untyped_storage().resize_(num_bytes)
-        return room
 
     def _finish(self, group: Any) -> None:
         result = group._all_gather_result
@@ -150,13 +141,3 @@ class UnitTransfers:
             self._take(name, grad)
         if self._masters is not None:
             self._masters.prefetch_if_due()
-
-
-@torch.no_grad()
-def _copy(room: Tensor, source: Tensor) -> None:
-    if room.is_inference():
-        room.copy_(source.view(-1), non_blocking=True)
-        return
-    # Autograd has saved this very tensor; that it is filled again is no change of it.
-    with torch.autograd._unsafe_preserve_version_counter(room):
-        room.copy_(source.view(-1), non_blocking=True)
