@@ -17,8 +17,6 @@ parameter without a gradient counts as zero. So ranks that skip different branch
 
 from __future__ import annotations
 
-import functools
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_zero_plugin.engine.buckets import BucketLayout
 from hf_zero_plugin.engine.collectives import reduce_scatter_flat
+from hf_zero_plugin.engine.grad_hooks import when_grad_is_there
 from hf_zero_plugin.engine.sharding import Sharding
 from hf_zero_plugin.errors import HfZeroError
 
@@ -82,16 +81,11 @@ class GradientStore:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        # A hook of a parameter is hidden from the garbage collector: what it held on to would stay for ever.
-        reference = weakref.ref(self)
-
-        def on_grad(param: Tensor, index: int) -> None:
-            mine = reference()
-            if mine is not None:
-                mine._on_grad(index, param)
-
         for index, param in enumerate(self.params):
-            self._handles.append(param.register_post_accumulate_grad_hook(functools.partial(on_grad, index=index)))
+            self._attach_to(index, param)
+
+    def _attach_to(self, index: int, param: nn.Parameter) -> None:
+        self._handles.append(when_grad_is_there(param, self, lambda store, ready: store._on_grad(index, ready)))
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -143,8 +137,20 @@ class GradientStore:
         for layout in self.layouts:
             self.clear_shard(layout.index)
 
+    shards_stay = False
+    """Whether ``shard`` is the same memory every step, so that parts of it are cut once. Who exchanges it all the same
+    forgets ``_norm_views``."""
+    _norm_views: list[Tensor] | None = None
+
     def norm_views(self) -> list[Tensor]:
         """Parts of the shards that belong to parameters (no padding), in parameter order."""
+        if not self.shards_stay:
+            return self._cut_norm_views()
+        if self._norm_views is None:
+            self._norm_views = self._cut_norm_views()
+        return self._norm_views
+
+    def _cut_norm_views(self) -> list[Tensor]:
         parts: list[tuple[int, Tensor]] = []
         for layout in self.layouts:
             mine = self.sharding.shard_of(layout)

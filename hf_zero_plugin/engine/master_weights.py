@@ -11,7 +11,6 @@ A home is given pieces of buckets and steps them. Three homes exist::
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_zero_plugin.engine.buckets import BucketLayout, Piece
+from hf_zero_plugin.engine.grad_hooks import when_grad_is_there
 from hf_zero_plugin.engine.gradients import GradientStore
 from hf_zero_plugin.engine.optimizers import UpdateRule
 from hf_zero_plugin.engine.piece_states import FP32, PieceStates, StateTypes
@@ -97,7 +97,7 @@ class Home:
         raise NotImplementedError
 
     def launch_rest(self) -> None:
-        """Launch what ``step`` has left for later, if it has; its caller may have read numbers from the device."""
+        """Launch what ``step`` has left for later, if there is any: its caller may read numbers first."""
 
     def start_backward(self) -> None:
         """A backward pass begins."""
@@ -224,7 +224,6 @@ class MasterWeights:
         self.num_buckets = num_buckets
         self._pending = [False] * num_buckets
         self.any_pending = False
-        self._may_have_rest = False
         # A bucket is finished by the last home that holds a part of it; earlier ones must not gather it.
         self.finisher = {piece.bucket: home for home in self.homes for piece in home.pieces}
         self._timeline: Timeline | None = None
@@ -250,17 +249,9 @@ class MasterWeights:
 
     def prefetch_after(self, layouts: Sequence[BucketLayout], params: Sequence[nn.Parameter]) -> None:
         """Fetch states as the backward pass frees memory: when a bucket's last gradient is due."""
-        # A hook of a parameter is hidden from the garbage collector: what it held on to would stay for ever.
-        reference = weakref.ref(self)
-
-        def prefetch(_: Tensor) -> None:
-            mine = reference()
-            if mine is not None:
-                mine.prefetch_if_due()
-
         for layout in layouts[::2]:  # looking for room has a price, and every second time is enough
             first = min(slot.spec.index for slot in layout.slots)
-            self._handles.append(params[first].register_post_accumulate_grad_hook(prefetch))
+            self._handles.append(when_grad_is_there(params[first], self, lambda masters, _: masters.prefetch_if_due()))
 
     def prefetch_if_due(self) -> None:
         """Within a backward pass that a step follows: fetch states into memory that has become free."""
@@ -273,14 +264,12 @@ class MasterWeights:
         for home in self.homes:
             home.step(inputs)
         self._pending = [True] * self.num_buckets
-        self.any_pending = self._may_have_rest = True
+        self.any_pending = True
 
     def launch_rest(self) -> None:
         """The caller of ``step`` goes on. Nobody needs to say so: whoever waits for a bucket does."""
-        if self._may_have_rest:
-            self._may_have_rest = False
-            for home in self.homes:
-                home.launch_rest()
+        for home in self.homes:
+            home.launch_rest()
 
     def wait(self, bucket: int) -> None:
         if self._pending[bucket]:

@@ -27,6 +27,8 @@ class ResidentGrads(GradientStore):
     micro-step that is not the last, so runs without accumulation never pay for them.
     """
 
+    shards_stay = True
+
     def __init__(self, *args: Any, flats: Sequence[Tensor], accumulate_fp32: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._flats = [torch.zeros_like(flat) for flat in flats]
@@ -34,7 +36,6 @@ class ResidentGrads(GradientStore):
         self._sums: list[Tensor] | None = None
         self._views = [view_of(self._flats[layout.index], slot) for layout, slot in self._ordered_slots()]
         self._reducing: list[tuple[BucketLayout, Tensor, Any]] = []
-        self._norm_views: list[Tensor] | None = None
         # Parameters take their views with the first backward pass: here they may not have their final type yet.
         # One rank has nothing to launch: the buffers fill themselves and no hook has to run.
         if sharding_needs_hooks(self.sharding):
@@ -114,11 +115,6 @@ class ResidentGrads(GradientStore):
 
     def clear_shard(self, bucket: int) -> None:
         (self._sums or self._flats)[bucket].zero_()
-
-    def norm_views(self) -> list[Tensor]:
-        if self._norm_views is None:
-            self._norm_views = super().norm_views()
-        return self._norm_views
 
     @property
     def num_bytes(self) -> int:

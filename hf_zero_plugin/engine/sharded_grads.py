@@ -54,11 +54,7 @@ class ShardedGrads(GradientStore):
 
     def attach(self) -> None:
         for index in self._places:
-            self._handles.append(
-                self.params[index].register_post_accumulate_grad_hook(
-                    lambda param, index=index: self._on_grad(index, param)
-                )
-            )
+            self._attach_to(index, self.params[index])
 
     def detach(self) -> None:
         for handle in self._handles:

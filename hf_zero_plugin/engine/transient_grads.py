@@ -28,6 +28,7 @@ class TransientGrads(GradientStore):
     """
 
     max_in_flight = 2
+    shards_stay = True
 
     def __init__(self, *args: Any, flats: Sequence[Tensor], accumulate_fp32: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,7 +39,6 @@ class TransientGrads(GradientStore):
         ]
         self._full: dict[int, Tensor] = {}
         self._reducing: deque[tuple[BucketLayout, Tensor, Tensor, Any]] = deque()
-        self._norm_views: list[Tensor] | None = None
         self.attach()
 
     def _buffer(self, layout: BucketLayout) -> Tensor:
@@ -79,11 +79,6 @@ class TransientGrads(GradientStore):
 
     def shard(self, bucket: int) -> Tensor:
         return self._shards[bucket]
-
-    def norm_views(self) -> list[Tensor]:
-        if self._norm_views is None:
-            self._norm_views = super().norm_views()
-        return self._norm_views
 
     @property
     def num_bytes(self) -> int:
