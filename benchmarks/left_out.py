@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -27,7 +26,7 @@ from typing import Any
 
 from engines import ENGINES, library_of
 from run import parse_cells
-from serving import appending
+from serving import Pool, Surroundings, appending
 
 PARTS = ("uploads", "downloads", "copies", "updates", "clamps")
 _milliseconds: dict[str, float] = defaultdict(float)
@@ -128,13 +127,12 @@ class TorchWithoutClamps:
 
 def watch_steps(per_step: dict[str, list[float]]) -> Callable[[Any], None]:
     """A step's end that files away what its phases took, if the step is timed."""
-    from turns import TURN_STEPS, TurnClock
+    from turns import TurnClock
 
     original = TurnClock.on_step_end
 
     def on_step_end(clock: TurnClock) -> None:
-        after_warmup = clock.num_steps + 1 - clock.warmup
-        if after_warmup > 0 and after_warmup % (1 + TURN_STEPS) != 1:
+        if clock.times_step(clock.num_steps + 1):
             for phase, spent in _milliseconds.items():
                 per_step[phase].append(spent)
         _milliseconds.clear()
@@ -162,42 +160,12 @@ def serve(spec: str) -> None:
         print("RESULT " + json.dumps(result), flush=True)
 
 
-# ---------------------------------------------------------------- the one that gives turns
-
-
-class Serving:
-    def __init__(self, spec: str, log: Any) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", spec]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=Path.cwd()
-        )
-
-    def read(self, word: str) -> str | None:
-        assert self.process.stdout is not None
-        return next((line[len(word) :] for line in self.process.stdout if line.startswith(word)), None)
-
-    def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        try:
-            print(json.dumps(job), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            return {"error": "ended before"}
-        line = self.read("RESULT ")
-        return json.loads(line) if line is not None else {"error": "ended"}
-
-
-def in_turns(servings: dict[str, Serving], job: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    results = {spec: serving.run(job) for spec, serving in servings.items()}
-    for _ in range(job["turns"]):
-        for spec, result in results.items():
-            if result.get("waits"):
-                results[spec] = servings[spec].run({"go": True})
-    return results
+# ---------------------------------------------------------------- all of them
 
 
 def describe(result: dict[str, Any], base: dict[str, Any]) -> str:
     if "turns" not in result:
-        return f"FAILED: {result.get('error')}"
+        return f"FAILED: {result.get('failed') or result.get('error')}"
     pairs = zip(result["turns"], base.get("turns", []))
     ratios = [one["step_ms_median"] / other["step_ms_median"] for one, other in pairs]
     shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
@@ -211,31 +179,30 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=["t5-base:bf16:8"], help="as run.py's, without engines")
     parser.add_argument("--specs", nargs="+", default=["plain", "ours-device", "ours", "ours-copies"])
     parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--timeout", type=float, default=180, help="seconds to load, and for one turn")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve)
+        serve(args.engine)
         return
     if args.out is None:
         parser.error("--out is missing")
+    args.specs = list(dict.fromkeys(args.specs))
     try:
         jobs = [job for job, _ in parse_cells(args.cells, "plain")]
         for spec in args.specs:
             split_spec(spec)
     except ValueError as error:
         parser.error(str(error))
-    with appending(args.out) as keep, args.out.with_suffix(".log").open("a") as log:
-        servings = {spec: Serving(spec, log) for spec in args.specs}
-        for serving in servings.values():
-            serving.read("READY")
+    around = Surroundings(args.out.with_suffix(".log"), script=Path(__file__).resolve())
+    with appending(args.out) as keep, Pool(around, args.timeout) as pool:
         for job in jobs:
-            results = in_turns(servings, {**job, "turns": args.turns})
-            for spec, result in results.items():
-                keep({"spec": spec, **result})
+            results = dict(pool.run_in_turns(args.specs, {**job, "turns": args.turns}, args.timeout))
+            for spec in args.specs:
+                keep({"spec": spec, **results[spec]})
                 print(f"{job['model']} {job['precision']} {job['batch']} {spec:16} ", end="")
-                print(describe(result, results[args.specs[0]]), flush=True)
-        for serving in servings.values():
-            serving.process.kill()
+                print(describe(results[spec], results[args.specs[0]]), flush=True)
 
 
 if __name__ == "__main__":

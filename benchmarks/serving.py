@@ -51,6 +51,8 @@ class Surroundings(NamedTuple):
     """Where extensions are compiled to; the first process that compiles finds it empty."""
     host_gib: float | None = None
     """End the processes when they hold more host memory than this."""
+    script: Path = CELL
+    """What serves: it takes --engine and --serve, says READY, and answers a line of JSON with RESULT."""
 
 
 def free_port() -> int:
@@ -119,7 +121,7 @@ class Serving:
         port = free_port()
         self._processes = [
             subprocess.Popen(
-                [sys.executable, str(CELL), "--engine", engine, "--serve", *around.passed_on],
+                [sys.executable, str(around.script), "--engine", engine, "--serve", *around.passed_on],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,

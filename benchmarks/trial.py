@@ -13,6 +13,7 @@ import psutil
 from compute import measure
 from engines import config_name, engine_config, library_of, stage_of
 from host_memory import peak_resident_bytes, reset_peak, resident_bytes
+from spans import describe_peaks, describe_span
 from turns import TurnClock, steps_of_turns
 from workloads import DEFAULT_DECODER_LENGTH, TokenCount, build_model, build_sharded_model, is_decoder, make_data
 
@@ -84,22 +85,9 @@ class Clock:
 
         if self.cuda:
             torch.cuda.synchronize()
-        end, own = time.perf_counter(), psutil.Process().cpu_times()
-        begin = self.stamps[self.warmup - 1]
-        steps_ms = [1000 * (b - a) for a, b in zip(self.stamps[self.warmup - 1 :], self.stamps[self.warmup :])]
-        result: dict[str, Any] = {
-            "steps": len(steps_ms),
-            "step_ms_median": statistics.median(steps_ms),
-            # The last step's pending work counts: all of the time, up to a full synchronize.
-            "step_ms_mean": 1000 * (end - begin) / len(steps_ms),
-            "step_ms": [round(ms, 2) for ms in steps_ms],
-            "cpu_seconds_per_second": (own.user + own.system - self._own.user - self._own.system) / (end - begin),
-        }
-        if self.cuda:
-            result["peak_allocated"] = torch.cuda.max_memory_allocated()
-            result["peak_reserved"] = torch.cuda.max_memory_reserved()
-            result["peak_allocated_whole_run"] = max(self.peak_before, torch.cuda.max_memory_allocated())
-        return result
+        # The last step's pending work counts: all of the time, up to a full synchronize.
+        result = describe_span(self.stamps[self.warmup - 1 :], time.perf_counter(), self._own)
+        return result | (describe_peaks(self.peak_before) if self.cuda else {})
 
 
 def training_arguments(job: argparse.Namespace, config: dict[str, Any] | None, cuda: bool) -> Any:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
+from spans import describe_peaks, describe_span
 
 TURN_STEPS = 4
 
@@ -50,14 +51,21 @@ class TurnClock:
         self._records: list[dict[str, Any]] = []
         self._peak_before = 0
 
+    def _place_of(self, step: int) -> tuple[int, int]:
+        """(turn, place in it); turns are negative in the warm-up. Place 1 is the untimed step, 0 the last of a turn."""
+        return divmod(step - self.warmup, 1 + TURN_STEPS)
+
+    def times_step(self, step: int) -> bool:
+        """Whether step ``step``, counted from 1, is one of a turn's timed steps."""
+        return step > self.warmup and self._place_of(step)[1] != 1
+
     def on_step_end(self) -> None:
         self.num_steps += 1
         if self.num_steps == 1:
             self.first_step_at = time.time()
-        after_warmup = self.num_steps - self.warmup
-        if after_warmup < 0:
+        turn, place = self._place_of(self.num_steps)
+        if turn < 0:
             return
-        turn, place = divmod(after_warmup, 1 + TURN_STEPS)
         if place == 1:
             self._own = psutil.Process().cpu_times()
             self._stamps = [time.perf_counter()]
@@ -65,23 +73,9 @@ class TurnClock:
             self._stamps.append(time.perf_counter())
         elif turn > 0:
             self._stamps.append(time.perf_counter())
-            self._end_turn()
+            self._records.append(describe_span(self._stamps, self._stamps[-1], self._own))
         if place == 0 and turn < self.turns:
             self._pause(is_first=turn == 0)
-
-    def _end_turn(self) -> None:
-        end, own = self._stamps[-1], psutil.Process().cpu_times()
-        steps_ms = [1000 * (b - a) for a, b in zip(self._stamps, self._stamps[1:])]
-        elapsed = end - self._stamps[0]
-        self._records.append(
-            {
-                "steps": len(steps_ms),
-                "step_ms_median": statistics.median(steps_ms),
-                "step_ms_mean": 1000 * elapsed / len(steps_ms),
-                "step_ms": [round(ms, 2) for ms in steps_ms],
-                "cpu_seconds_per_second": (own.user + own.system - self._own.user - self._own.system) / elapsed,
-            }
-        )
 
     def _pause(self, *, is_first: bool) -> None:
         if self.cuda:
@@ -103,13 +97,7 @@ class TurnClock:
             "step_ms_mean": statistics.mean(means),
             "turns": self._records,
         }
-        if self.cuda:
-            import torch
-
-            result["peak_allocated"] = torch.cuda.max_memory_allocated()
-            result["peak_reserved"] = torch.cuda.max_memory_reserved()
-            result["peak_allocated_whole_run"] = max(self._peak_before, torch.cuda.max_memory_allocated())
-        return result
+        return result | (describe_peaks(self._peak_before) if self.cuda else {})
 
 
 def split_turns(result: dict[str, Any]) -> list[dict[str, Any]]:
