@@ -16,7 +16,8 @@ half precision, ahead of the states, and gradients that rest on the host come up
 How much is staged ahead decides how soon the next forward pass finds new weights. As the backward pass goes on it frees
 activations, and staging takes that memory: never more than the device held when the pass began, and no more than half
 of the states, since the other half is needed later than it takes to bring it. Such a buffer is dropped when the host
-has seen its download over, so that the compute stream may use the memory again without waiting.
+has seen its download over, so that the compute stream may use the memory again without waiting. One that is still on
+its way down when the next pass begins comes on top of that pass's own peak, and is the first to be filled again.
 
 Downloads are cut, with a tiny kernel between the cuts. The copy engine serves what one stream has queued to its end
 before it looks at another stream, unless that one must wait for something: without the kernels, a ``tensor.item()``
@@ -71,7 +72,7 @@ class StreamedHome(Home):
         self._total = sum(piece.numel for piece in self.pieces)
         self._types = context.types
         self._bytes_each = context.types.bytes_per_element(self._rows - 1)
-        """Of a master and its states. Slabs and buffers are bytes; ``_types.rows`` says what lies where in them."""
+        """Of a master and its states. Slabs and buffers are bytes; ``_types.rows`` knows what lies where."""
         self._arena = PinnedArena(self._total * self._bytes_each, pin=pin_memory, dtype=torch.uint8)
         self._slabs = [self._arena.take(piece.numel * self._bytes_each) for piece in self.pieces]
         self._slab_parts = [slab.split(DOWNLOAD_BYTES) for slab in self._slabs]
@@ -80,8 +81,8 @@ class StreamedHome(Home):
         self._returns, self._gathers = (torch.cuda.Stream(context.device) for _ in range(2))
         self._compute = torch.cuda.current_stream(context.device)
         # Belongs to its slot's stream, which uses it for one piece after the other.
-        self._scratch = [torch.empty(self._longest, device=context.device) for _ in self._slots]
-        self._wide = [self._scratch[index % len(self._slots)][: piece.numel] for index, piece in enumerate(self.pieces)]
+        scratch = [torch.empty(self._longest, device=context.device) for _ in self._slots]
+        self._wide = [scratch[index % len(scratch)][: piece.numel] for index, piece in enumerate(self.pieces)]
         self._max_ahead = self._count_ahead()
         self._tick = torch.zeros(1, device=context.device)
         self._staged: dict[int, Tensor] = {}
@@ -89,8 +90,7 @@ class StreamedHome(Home):
         self._leaving: deque[_Leaving] = deque()
         self._returned: torch.cuda.Event | None = None
         """After it, what was staged ahead of the last step is back in host memory."""
-        self._ceiling = 0
-        self._peak_staging = 0
+        self._ceiling = self._peak_staging = 0
         self._done: dict[int, list[torch.cuda.Event]] = {}
         self._alive: Any = None
         self._rest: tuple[StepInputs, Tensor] | None = None
@@ -99,9 +99,9 @@ class StreamedHome(Home):
     def set_master(self, index: int, values: Tensor) -> None:
         master, *states = self._rows_of(self._slabs[index], self.pieces[index])
         master.copy_(values)
-        group = self.context.groups[self.pieces[index].group]
-        for name, state in zip(self.context.rule.state_names, states):
-            state.fill_(self.context.rule.initial_state(name, group))
+        rule, group = self.context.rule, self.context.groups[self.pieces[index].group]
+        for name, state in zip(rule.state_names, states):
+            state.fill_(rule.initial_state(name, group))
         self.forget_prefetched()
 
     # ---------------------------------------------------------------- ahead of the step
@@ -109,10 +109,9 @@ class StreamedHome(Home):
     def start_backward(self) -> None:
         self._compute = torch.cuda.current_stream(self.context.device)
         self._reap()
-        # Buffers of the last step that are still on their way down are no activations: counted here, they would let
-        # this pass stage as much on top of what it stages anyway, and the next one more again.
-        leaving = sum(one.buffer.numel() for one in self._leaving)
-        self._ceiling = _allocated_bytes(self.context.device) - leaving
+        # Buffers on their way down are no activations: counted here, they would let this pass stage as much on top of
+        # what it stages anyway, and the next one more again.
+        self._ceiling = _allocated_bytes(self.context.device) - sum(one.buffer.numel() for one in self._leaving)
 
     def prefetch(self) -> None:
         """Stage what fits now. Runs on autograd's thread, between two operations of the backward pass."""
@@ -127,14 +126,28 @@ class StreamedHome(Home):
             for index in range(len(self._staged), self._max_ahead):
                 is_slots_own = index < len(self._slots)
                 num_bytes = self._bytes_each * (self._longest if is_slots_own else self.pieces[index].numel)
-                room -= num_bytes
-                if room < 0 and not is_slots_own:
-                    break
-                fresh[index] = torch.empty(num_bytes, dtype=torch.uint8, device=self.context.device)
+                buffer = self._take_leaving(num_bytes)
+                if buffer is None:
+                    room -= num_bytes
+                    if room < 0 and not is_slots_own:
+                        break
+                    buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self.context.device)
+                fresh[index] = buffer
             self._stage(fresh)
         finally:
             torch.cuda.set_stream(before)
-        self._peak_staging = max(self._peak_staging, self._staging_bytes())
+        there = sum(b.numel() for b in [*self._staged.values(), *(one.buffer for one in self._leaving)])
+        self._peak_staging = max(self._peak_staging, 4 * self._longest * len(self._slots) + there)
+
+    def _take_leaving(self, num_bytes: int) -> Tensor | None:
+        """A buffer of this size that is on its way down: what is uploaded from now on waits for that."""
+        for position, one in enumerate(self._leaving):
+            if one.buffer.numel() == num_bytes:
+                del self._leaving[position]
+                for slot in self._slots:
+                    slot.wait_event(one.downloaded)
+                return one.buffer
+        return None
 
     def _stage(self, fresh: dict[int, Tensor]) -> None:
         if not fresh:
@@ -321,10 +334,6 @@ class StreamedHome(Home):
     def num_bytes(self) -> dict[str, int]:
         moments = self._total * (self._rows - 1) * self._types.states.itemsize
         return {"master weights": self._total * self._types.master.itemsize, "moments": moments}
-
-    def _staging_bytes(self) -> int:
-        buffers = [*self._staged.values(), *(leaving.buffer for leaving in self._leaving)]
-        return 4 * self._longest * len(self._slots) + sum(buffer.numel() for buffer in buffers)
 
     @property
     def staging_bytes(self) -> int:

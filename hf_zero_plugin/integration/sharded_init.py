@@ -10,14 +10,15 @@ Between those two moments ``GatheredParameters`` sees parameters that are absent
     anything else        the values are lent to the ranks that lack them, for as long as the context lasts
 
 Random numbers in half precision are drawn one at a time by a CPU, 6 ns each and minutes for tens of billions, so large
-tensors of such types are drawn on the GPU, if there is one, and brought back.
+tensors of such types are drawn on the GPU, if there is one, and brought back: inside ``Init``, and inside
+``GatheredParameters`` of a model that has no engine yet, where transformers draws a model's first values.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_zero_plugin.integration.accelerator import current_device
 from hf_zero_plugin.integration.comm import init_distributed
 
-__all__ = ["Init", "lent"]
+__all__ = ["Init", "fast_draws", "lent"]
 
 logger = logging.getLogger("hf_zero_plugin")
 
@@ -66,6 +67,12 @@ def _is_slow_to_draw(tensor: Tensor) -> bool:
     return is_half and tensor.device.type == "cpu" and tensor.numel() >= DRAWN_ELSEWHERE_NUMEL
 
 
+def fast_draws() -> AbstractContextManager[object]:
+    """Context in which large half-precision tensors are drawn on the GPU; empty where there is none."""
+    device = _drawing_device()
+    return _DrawOnGPU(device) if device is not None else nullcontext()
+
+
 def _drawing_device() -> torch.device | None:
     device = current_device()
     return device if device.type == "cuda" else None
@@ -82,7 +89,7 @@ class Init:
 
     def __init__(self, module: nn.Module | None = None, *, enabled: bool = True, **ignored: Any) -> None:
         self.enabled = enabled
-        self._drawing: _DrawOnGPU | None = None
+        self._drawing = ExitStack()
         if module is not None and enabled:
             init_distributed()
             _note()
@@ -99,17 +106,13 @@ class Init:
             _depth += 1
             if _depth == 1 and dist.get_rank() != 0:
                 nn.Module.register_parameter = _register_absent  # type: ignore[method-assign]
-            device = _drawing_device()
-            if _depth == 1 and device is not None:
-                self._drawing = _DrawOnGPU(device)
-                self._drawing.__enter__()
+            if _depth == 1:
+                self._drawing.enter_context(fast_draws())
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         global _depth
-        if self._drawing is not None:
-            self._drawing.__exit__(*exc_info)
-            self._drawing = None
+        self._drawing.__exit__(*exc_info)
         if self.enabled:
             _depth -= 1
             if _depth == 0:

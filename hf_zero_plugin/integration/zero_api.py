@@ -19,7 +19,7 @@ from hf_zero_plugin.engine.fsdp import LEAF_MARK
 from hf_zero_plugin.engine.gathering import find_sharded, gathered
 from hf_zero_plugin.engine.registry import engines_of, engines_with
 from hf_zero_plugin.engine.shards import ZeroParamStatus
-from hf_zero_plugin.integration.sharded_init import Init, lent
+from hf_zero_plugin.integration.sharded_init import Init, fast_draws, lent
 
 __all__ = [
     "GatheredParameters",
@@ -87,7 +87,10 @@ class GatheredParameters:
         """In the hands of an engine, trained or not; in an order that all ranks share."""
         held = {id(param) for param in self._whole}
         self._stack = contextlib.ExitStack()
-        self._stack.enter_context(lent([param for param in plain if id(param) not in held], self.modifier_rank))
+        free = [param for param in plain if id(param) not in held]
+        if free:
+            self._stack.enter_context(fast_draws())
+        self._stack.enter_context(lent(free, self.modifier_rank))
         self._stack.enter_context(gathered(self.params, self.modifier_rank))
 
     def __exit__(self, *exc_info: Any) -> None:

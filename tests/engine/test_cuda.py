@@ -262,8 +262,12 @@ def test_peak_memory_is_weights_gradients_and_slots() -> None:
     engine.destroy()
 
 
-def test_states_staged_in_the_memory_of_activations_change_nothing_and_cost_no_peak() -> None:
-    """Many rows: the backward pass frees far more than the states take, so half of them are on the device in time."""
+@pytest.mark.parametrize("waits", [True, False])
+def test_states_staged_in_the_memory_of_activations_change_nothing_and_cost_no_peak(waits: bool) -> None:
+    """Many rows: the backward pass frees far more than the states take, so half of them are on the device in time.
+
+    Without waiting, what is still on its way down while the next forward pass runs comes on top, and nothing else.
+    """
 
     def train(device: str) -> tuple[list[Tensor], int, int]:
         torch.cuda.empty_cache()
@@ -274,6 +278,8 @@ def test_states_staged_in_the_memory_of_activations_change_nothing_and_cost_no_p
             x = torch.randn(16384, WIDTH, generator=torch.Generator().manual_seed(step)).to("cuda", torch.bfloat16)
             engine.backward(engine(x).float().square().mean())
             engine.step()
+            if waits:
+                engine.synchronize()
         engine.synchronize()
         staged = engine.memory_report()["device"].get("buffers", 0)
         weights, peak = _weights(engine), torch.cuda.max_memory_allocated() - before
@@ -286,4 +292,5 @@ def test_states_staged_in_the_memory_of_activations_change_nothing_and_cost_no_p
     num_states = 3 * 4 * sum(p.numel() for p in Wide().parameters())
     assert staged > 0.4 * num_states
     slot = 3 * 4 * WIDTH * WIDTH // 2
-    assert peak_streamed <= peak_resident + 4 * slot
+    on_its_way = 0 if waits else num_states // 2
+    assert peak_streamed <= peak_resident + on_its_way + 4 * slot

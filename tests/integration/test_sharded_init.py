@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_zero_plugin.integration import sharded_init
 from hf_zero_plugin.integration.sharded_init import Init
+from hf_zero_plugin.integration.zero_api import GatheredParameters
 
 
 @pytest.fixture
@@ -48,6 +49,19 @@ def test_large_half_precision_weights_are_drawn_where_that_is_fast(dtype: torch.
     assert torch.equal(found, wanted)
     assert torch.equal(_weight(dtype), wanted)
     assert len(drawn) == 1, "outside of the context nothing changes"
+
+
+def test_first_values_that_are_drawn_after_init_too(drawn: list[Tensor]) -> None:
+    """transformers builds a stage 3 model without values, and draws them when it is built."""
+    wanted = _weight(torch.bfloat16)
+    with Init():
+        model = nn.Linear(30, 40, bias=False, dtype=torch.bfloat16)
+    drawn.clear()
+    with GatheredParameters(list(model.parameters()), modifier_rank=0):
+        torch.manual_seed(0)
+        nn.init.normal_(model.weight, 1.0, 0.5)
+    assert len(drawn) == 1
+    assert torch.equal(model.weight, wanted)
 
 
 def test_other_draws_stay_where_they_are(drawn: list[Tensor]) -> None:
