@@ -43,6 +43,7 @@ from torch import Tensor
 from hf_zero_plugin.engine.buckets import Piece
 from hf_zero_plugin.engine.master_weights import Context, Home, StepInputs
 from hf_zero_plugin.engine.pinned import PinnedArena
+from hf_zero_plugin.engine.timeline import Mark
 
 __all__ = ["StreamedHome"]
 
@@ -93,7 +94,7 @@ class StreamedHome(Home):
         self._ceiling = self._peak_staging = 0
         self._done: dict[int, list[torch.cuda.Event]] = {}
         self._alive: Any = None
-        self._rest: tuple[StepInputs, Tensor] | None = None
+        self._rest: tuple[StepInputs, Tensor, Mark | None] | None = None
         """What ``launch_rest`` has still to do, and with what."""
 
     def set_master(self, index: int, values: Tensor) -> None:
@@ -205,22 +206,21 @@ class StreamedHome(Home):
                 self._update(index, self._staged[index], inputs, number)
         finally:
             torch.cuda.set_stream(compute)
-        self._rest = inputs, number
-        # Ranks must gather in one order, whatever their callers do next; and a watched step ends with its own work.
-        if not self.context.is_alone or self.timeline is not None:
-            self.launch_rest()
-        if self.timeline is not None and started is not None:
-            self.timeline.end_flight(started, list(self._done.values()))
+        self._rest = inputs, number, started
+        if not self.context.is_alone:
+            self.launch_rest()  # ranks must gather in one order, whatever their callers do next
 
     def launch_rest(self) -> None:
         if self._rest is None:
             return
-        (inputs, number), self._rest = self._rest, None
+        (inputs, number, started), self._rest = self._rest, None
         before = torch.cuda.current_stream(self.context.device)
         try:
             self._launch(inputs, number)
         finally:
             torch.cuda.set_stream(before)
+        if self.timeline is not None and started is not None:
+            self.timeline.end_flight(started, list(self._done.values()))
 
     def _launch(self, inputs: StepInputs, number: Tensor) -> None:
         num_slots = len(self._slots)

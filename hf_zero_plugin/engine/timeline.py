@@ -11,7 +11,8 @@ What the report says (milliseconds; sums over the micro-steps of a step):
     backward_ms   with the reduction of gradients
     norm_ms       norm, non-finite flag, clip coefficient
     update_ms     the update, if it runs on the compute stream or inside step()
-    flight_ms     offload: from launching an update to its last weights being there
+    flight_ms     offload: from launching an update to its last weights being there; told of the step in which that
+                  was waited for, the next one, if there is one rank
     host_step_ms  offload: host cores at work
     hidden_share  offload: part of flight and host step during which nobody waited; 1 is what offload should cost
 """
@@ -111,9 +112,14 @@ class Timeline:
             self.end(name, start)
 
     def end_flight(self, start: Mark, done: Sequence[Sequence[torch.cuda.Event]]) -> None:
-        """An update that streams through the device is launched; ``done`` holds its events bucket by bucket."""
+        """An update that streams through the device is launched; ``done`` holds its events bucket by bucket.
+
+        Each bucket has its own span in a trace. Without one only the whole counts, and two events are cheaper.
+        """
         if self._side is None:
             return
+        if self._past.maxlen == 1:
+            done = [[event for events in done for event in events]]
         ends = []
         with torch.cuda.stream(self._side):
             for events in done:
