@@ -64,6 +64,7 @@ def write_page(rows: Sequence[Row], results: Path, frame: str, page_dir: Path) -
     fillings = {
         "results": where,
         "config": link(CONFIG, page_dir),
+        "benchmarks": link(HERE.parent.parent / "benchmarks" / "README.md", page_dir),
         "conditions": conditions(rows, results / "sweep.json"),
         "scaling": scaling(rows),
         "findings": "\n\n".join(finding(cells) for finding in (memory, largest_batch, cpu_load, speed)),
