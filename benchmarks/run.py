@@ -150,7 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer-path", default="", help="where deepspeed and torchao are installed")
     parser.add_argument("--timeout", type=float, default=60, help="seconds for one cell")
     parser.add_argument("--first-timeout", type=float, default=180, help="seconds to load, and for the first cell")
-    parser.add_argument("--budget", type=float, default=10**6, help="start no cell after this many seconds")
+    parser.add_argument(
+        "--budget", type=float, default=10**6, help="start no cell, and no round of turns, after this many seconds"
+    )
     parser.add_argument("--host-gib", type=float, help="end a cell that holds more host memory")
     return parser
 
@@ -185,7 +187,7 @@ def main() -> None:
                     print("time is up", flush=True)
                     return
                 if full.get("turns") and number == 0:
-                    for name, result in pool.run_in_turns(names, full, timeout):
+                    for name, result in pool.run_in_turns(names, full, timeout, start + args.budget):
                         for turn, part in enumerate(split_turns(result) if "turns" in result else [result]):
                             record(turn, name, full, part)
                 elif not full.get("turns"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import shutil
@@ -22,6 +23,8 @@ from host_memory import MachineWatch
 CELL = Path(__file__).with_name("cell.py")
 GO: dict[str, Any] = {"go": True}
 """The job that stands for the next turn of the one that was begun."""
+STOP: dict[str, Any] = {"stop": True}
+"""The same, but there is no further turn: the answer is the result of those that there were."""
 
 _SUMMED = ("tokens", "tokens_padded", "rss_bytes", "rss_peak_bytes", "rss_baseline_bytes", "rss_before_bytes")
 _LARGEST = ("peak_allocated", "peak_reserved", "peak_allocated_whole_run")
@@ -294,9 +297,12 @@ class Pool:
         return result
 
     def run_in_turns(
-        self, engines: Sequence[str], job: dict[str, Any], timeout: float
+        self, engines: Sequence[str], job: dict[str, Any], timeout: float, deadline: float = math.inf
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every engine loads and warms up, then they train a turn each, ``job["turns"]`` times over; their results."""
+        """Every engine loads and warms up, then they train a turn each, ``job["turns"]`` times over; their results.
+
+        After ``deadline`` (``time.time()``) no further round begins.
+        """
         waiting: dict[str, dict[str, Any]] = {}
         for engine in engines:
             result = self.run(engine, job, timeout)
@@ -304,9 +310,10 @@ class Pool:
                 waiting[engine] = result
             else:
                 yield engine, result
-        for _ in range(job["turns"]):
+        while waiting:
+            word = GO if time.time() < deadline else STOP
             for engine in list(waiting):
-                result = self._serving[_key(engine, job)].run(GO, timeout)
+                result = self._serving[_key(engine, job)].run(word, timeout)
                 if result.get("waits"):
                     continue
                 begun = waiting.pop(engine)

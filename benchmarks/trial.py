@@ -58,6 +58,8 @@ def describe(job: argparse.Namespace) -> dict[str, Any]:
 class Clock:
     """Time, processor time and memory from the end of the warm-up on. ``on_step_end`` is called after every step."""
 
+    is_over = False
+
     def __init__(self, job: argparse.Namespace, cuda: bool) -> None:
         self.steps, self.warmup, self.cuda = job.steps, warmup_of(job), cuda
         self.stamps: list[float] = []
@@ -160,8 +162,9 @@ def make_trainer(job: argparse.Namespace, cuda: bool) -> tuple[Any, Clock | Turn
     clock = TurnClock(job, cuda) if job.turns else Clock(job, cuda)
 
     class Watcher(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
             clock.on_step_end()
+            control.should_training_stop |= clock.is_over
 
     class InOrder(Seq2SeqTrainer):
         def _get_train_sampler(self, *_: Any) -> Any:

@@ -31,19 +31,27 @@ def steps_of_turns(turns: int, warmup: int) -> int:
     return warmup + turns * (1 + TURN_STEPS)
 
 
-def wait_for_turn() -> None:
-    """Say that this process waits, and read one line: the word to go on. Raises EOFError if nobody will say it."""
+def wait_for_turn() -> bool:
+    """Say that this process waits, and read one line: whether there is another turn, or time is up.
+
+    Raises:
+        EOFError: nobody will say it.
+    """
     print("RESULT " + json.dumps({"waits": True}), flush=True)
-    if not sys.stdin.readline():
+    line = sys.stdin.readline()
+    if not line:
         raise EOFError("nobody gives turns any more")
+    return "stop" not in json.loads(line)
 
 
 class TurnClock:
     """``Clock`` of a run in turns: the same callback after every step, the same fields for every turn."""
 
-    def __init__(self, job: argparse.Namespace, cuda: bool, wait: Callable[[], None] = wait_for_turn) -> None:
+    def __init__(self, job: argparse.Namespace, cuda: bool, wait: Callable[[], bool] = wait_for_turn) -> None:
         self.warmup, self.turns, self.cuda = job.warmup, job.turns, cuda
         self.first_step_at = 0.0
+        self.is_over = False
+        """There is no further turn; training should end."""
         self._wait = wait
         self.num_steps = 0
         self._stamps: list[float] = []
@@ -86,10 +94,16 @@ class TurnClock:
                 self._peak_before = torch.cuda.max_memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
             torch.cuda.empty_cache()
-        self._wait()
+        self.is_over = not self._wait()
 
     def finish(self) -> dict[str, Any]:
-        """Means over all turns, and every turn's own figures in ``turns``."""
+        """Means over all turns, and every turn's own figures in ``turns``.
+
+        Raises:
+            RuntimeError: there was no turn.
+        """
+        if not self._records:
+            raise RuntimeError("time was up before the first turn")
         means = [record["step_ms_mean"] for record in self._records]
         result: dict[str, Any] = {
             "steps": sum(record["steps"] for record in self._records),

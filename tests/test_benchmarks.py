@@ -187,12 +187,38 @@ def test_a_lost_rank_is_watched_to_the_end(tmp_path: Path) -> None:
 def test_a_run_in_turns_waits_before_each_turn_and_times_nothing_else() -> None:
     job = argparse.Namespace(warmup=3, turns=2)
     waits: list[int] = []
-    clock = TurnClock(job, cuda=False, wait=lambda: waits.append(clock.num_steps))
+
+    def wait() -> bool:
+        waits.append(clock.num_steps)
+        return True
+
+    clock = TurnClock(job, cuda=False, wait=wait)
     for _ in range(steps_of_turns(job.turns, job.warmup)):
         clock.on_step_end()
     assert waits == [3, 3 + 1 + TURN_STEPS]
     result = clock.finish()
     assert [record["steps"] for record in result["turns"]] == [TURN_STEPS] * 2
+
+
+def test_turns_may_end_early() -> None:
+    """Time is up: what was measured is kept."""
+    job = argparse.Namespace(warmup=3, turns=5)
+    words = iter([True, True, False])
+    clock = TurnClock(job, cuda=False, wait=lambda: next(words))
+    while not clock.is_over:
+        clock.on_step_end()
+    assert clock.num_steps == steps_of_turns(2, job.warmup)
+    assert len(clock.finish()["turns"]) == 2
+
+
+@pytest.mark.slow
+def test_a_budget_ends_turns_and_keeps_their_results(tmp_path: Path) -> None:
+    out = tmp_path / "raw.jsonl"
+    cell = "t5-tiny:bf16:2:plain,ours:length=8,turns=100000,warmup=1"
+    _run("run.py", "--out", str(out), "--budget", "25", "--cells", cell)
+    rounds = [json.loads(line) for line in out.read_text().splitlines()][1:]
+    plain, ours = ([line for line in rounds if line["engine"] == name] for name in ("plain", "ours"))
+    assert len(plain) == len(ours) > 1
 
 
 @pytest.mark.parametrize("cell", ["plain,ours,ours:turns=2", "ours:turns=-1", "ours:turns=2,warmup=0", "our:turns=2"])
