@@ -12,6 +12,10 @@ from torch import Tensor
 __all__ = ["GradStats", "agreed_culprit", "grad_stats"]
 
 
+BLOCK_NUMEL, ROW_NUMEL = 2**20, 2**12
+"""A block is large enough for all cores and small enough for their caches; a row is what one running sum sees."""
+
+
 class GradStats(NamedTuple):
     """0-dim fp32 tensors on the device of the gradients, equal on all ranks."""
 
@@ -68,8 +72,27 @@ def _norms(grads: Sequence[Tensor], device: torch.device) -> Tensor:
     parts = []
     for place in dict.fromkeys(grad.device for grad in grads):
         here = [grad for grad in grads if grad.device == place]
-        parts.append(torch.stack(torch._foreach_norm(here, 2.0, dtype=torch.float32)).to(device))
+        if place.type == "cpu" and any(grad.dtype != torch.float32 for grad in here):
+            norms = [_host_norm(grad) for grad in here]
+        else:
+            norms = torch._foreach_norm(here, 2.0, dtype=torch.float32)
+        parts.append(torch.stack(norms).to(device))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _host_norm(grad: Tensor) -> Tensor:
+    """Half precision on a CPU: torch sums 3 ns an element there, one after the other, and loses the third digit."""
+    if grad.dtype == torch.float32:
+        return torch.linalg.vector_norm(grad)
+    flat = grad.reshape(-1)
+    wide = torch.empty(min(BLOCK_NUMEL, flat.numel()))
+    norms = []
+    for part in flat.split(BLOCK_NUMEL):
+        block = wide[: part.numel()].copy_(part)
+        num_rows = block.numel() // ROW_NUMEL
+        norms.append(torch.linalg.vector_norm(block[: num_rows * ROW_NUMEL].view(num_rows, ROW_NUMEL), dim=1))
+        norms.append(torch.linalg.vector_norm(block[num_rows * ROW_NUMEL :]).view(1))
+    return torch.linalg.vector_norm(torch.cat(norms))
 
 
 def agreed_culprit(found: tuple[int, str] | None, num_shards: int, group: dist.ProcessGroup | None) -> str | None:
