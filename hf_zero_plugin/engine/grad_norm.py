@@ -75,7 +75,7 @@ def _norms(grads: Sequence[Tensor], device: torch.device) -> Tensor:
         if place.type == "cpu" and any(grad.dtype != torch.float32 for grad in here):
             norms = [_host_norm(grad) for grad in here]
         else:
-            norms = torch._foreach_norm(here, 2.0, dtype=torch.float32)
+            norms = list(torch._foreach_norm(here, 2.0, dtype=torch.float32))
         parts.append(torch.stack(norms).to(device))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
