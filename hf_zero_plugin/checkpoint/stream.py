@@ -18,24 +18,43 @@ from torch import Tensor
 
 from hf_zero_plugin.errors import CheckpointError
 
-__all__ = ["stream_safetensors"]
+__all__ = ["order_in_file", "stream_safetensors"]
 
 _NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.int16: "I16",
+    torch.uint16: "U16",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
 }
-_ORDER = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "F16", "BF16", "I32", "F32", "F64", "I64"]
-"""safetensors lays wide types first, so that everything is aligned."""
+_RANKS = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+"""safetensors lays the last of these first: wide types, so that everything is aligned."""
+
+
+def order_in_file(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names in the order in which their values are asked for and written.
+
+    Raises:
+        CheckpointError: a tensor's type has no name in the format.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(f"{name!r} is of type {tensor.dtype}, which safetensors does not store.")
+    return sorted(tensors, key=lambda name: (-_RANKS[tensors[name].dtype], name))
 
 
 def stream_safetensors(
@@ -54,10 +73,7 @@ def stream_safetensors(
     Raises:
         CheckpointError: a tensor's type has no name in the format, or its values are not what was announced.
     """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise CheckpointError(f"{path}: {name!r} is of type {tensor.dtype}, which safetensors does not store.")
-    order = sorted(tensors, key=lambda name: (-_ORDER.index(_NAMES[tensors[name].dtype]), name))
+    order = order_in_file(tensors)
     aside = Path(f"{os.fspath(path)}.tmp")
     try:
         with aside.open("wb") as file:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from hf_zero_plugin.checkpoint.format import (
@@ -29,6 +29,7 @@ from hf_zero_plugin.checkpoint.format import (
     write_shard,
 )
 from hf_zero_plugin.engine.buckets import BucketLayout, Piece
+from hf_zero_plugin.engine.untrained import load_untrained, write_untrained
 from hf_zero_plugin.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -61,21 +62,6 @@ def _my_slices(engine: ZeroEngine) -> Iterator[Slice]:
                     yield Slice(name, kind, 0, -1, tensor)
 
 
-def _untrained(engine: ZeroEngine, exclude_frozen: bool) -> dict[str, Tensor]:
-    """Buffers and frozen parameters, on the host of the rank that writes them. Collective at stage 3."""
-    engine.parts.reshard()
-    trained = {slot.spec.name for layout in engine.parts.layouts for slot in layout.slots}
-    tensors = dict(engine.module.named_buffers())
-    if not exclude_frozen:
-        tensors.update({name: p.detach() for name, p in engine.module.named_parameters() if name not in trained})
-    shards, found = engine.parts.shards, {}
-    for name, tensor in tensors.items():
-        whole = shards.gather(shards.by_name[name]) if shards is not None and name in shards.by_name else tensor
-        if _leads(engine):
-            found[name] = whole.detach().to("cpu", copy=True).contiguous()
-    return found
-
-
 def save_engine(
     engine: ZeroEngine,
     save_dir: str,
@@ -97,9 +83,8 @@ def save_engine(
     if engine.parts.masters is not None and engine.parts.sharding.shard == _writer(engine):
         shard, num_shards = engine.parts.sharding.shard, engine.parts.sharding.num_shards
         write_shard(work, shard, num_shards, _my_slices(engine))
-    untrained = _untrained(engine, exclude_frozen)
+    write_untrained(engine, work / MODULE_FILE, writes=_leads(engine), exclude_frozen=exclude_frozen)
     if _leads(engine):
-        save_file(untrained, work / MODULE_FILE)
         schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
         torch.save({"client_state": client_state, "lr_scheduler": schedule}, work / CLIENT_FILE)
         (work / STATE_FILE).write_text(json.dumps(_state(engine), indent=1))
@@ -210,7 +195,7 @@ def load_engine(
     with reading(directory / CLIENT_FILE) as file:
         client = torch.load(file, map_location="cpu", weights_only=False)
     with reading(directory / MODULE_FILE) as file:
-        untrained = load_file(file)
+        untrained = safe_open(file, framework="pt")
     reader = None
     if engine.parts.masters is not None:
         shapes = state.get("shapes", {})
@@ -219,7 +204,7 @@ def load_engine(
         reader = ShardReader(directory, declared=declared)
     if reader is not None:
         _check_params(engine, reader, directory, strict, state.get("shapes", {}))
-    _load_untrained(engine, untrained)
+    load_untrained(engine, directory / MODULE_FILE, untrained)
     if reader is not None:
         _load_pieces(engine, reader, optimizer_states)
         reader.close()
@@ -229,19 +214,6 @@ def load_engine(
     if scheduler_states and engine.lr_scheduler is not None and client["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(client["lr_scheduler"])
     return str(directory), client["client_state"]
-
-
-def _load_untrained(engine: ZeroEngine, tensors: dict[str, Tensor]) -> None:
-    engine.parts.reshard()
-    targets = dict(engine.module.named_buffers())
-    trained = {slot.spec.name for layout in engine.parts.layouts for slot in layout.slots}
-    targets.update({n: p.data for n, p in engine.module.named_parameters() if n not in trained})
-    shards = engine.parts.shards
-    for name, tensor in tensors.items():
-        if shards is not None and name in shards.by_name:
-            shards.write(shards.by_name[name], tensor)
-        elif name in targets:
-            targets[name].copy_(tensor)
 
 
 def _check_params(

@@ -44,7 +44,7 @@ def advising_export(engine: ZeroEngine, output_dir: str | os.PathLike[str]) -> I
     if held_back and engine.global_rank == 0:
         folder = shlex.quote(os.fspath(output_dir))
         logger.warning(
-            "%s: a checkpoint was saved in place of the weights, because $.zero_optimization.%s is false. Make "
+            "%s: a checkpoint is saved in place of the weights, because $.zero_optimization.%s is false. Make "
             "safetensors of it, beside its config.json, with: hf-zero export %s %s\n"
             "Or set the key to true, and save_model writes them.",
             folder,

@@ -144,13 +144,14 @@ def repair_training_args(module: ModuleType) -> None:
 
 
 def repair_trainer(module: ModuleType) -> None:
-    """Trainer: a second ``train()``, evaluation before training at any stage, and saving that is streamed.
+    """Trainer: a second ``train()``, evaluation before training at any stage, saving that is streamed and done once.
 
     Mends: ``train`` wraps the engine of the train before it, which is destroyed by then; ``evaluate`` and ``predict``
     without training raise "ZeRO inference only makes sense with ZeRO Stage 3", and drop the optimizer section, so
-    that a later ``train`` has none.
+    that a later ``train`` has none; a checkpoint whose weights are not gathered is written twice.
     """
     from hf_zero_plugin.engine.engine import ZeroEngine
+    from hf_zero_plugin.integration.single_write import write_once
     from hf_zero_plugin.integration.streamed_saving import stream_saving
 
     cls = module.Trainer
@@ -179,6 +180,7 @@ def repair_trainer(module: ModuleType) -> None:
         return None, None
 
     stream_saving(module)
+    write_once(module)
     cls.train = train_again
     module.deepspeed_init = deepspeed_init  # type: ignore[attr-defined]
 

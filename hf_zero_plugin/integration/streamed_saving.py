@@ -17,9 +17,9 @@ from types import ModuleType
 from typing import Any
 
 from hf_zero_plugin.checkpoint.stream import stream_safetensors
-from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.engine.pending import Pending, values_of
 from hf_zero_plugin.integration.export_advice import advising_export
+from hf_zero_plugin.integration.single_write import engine_of, in_save_model
 
 __all__ = ["stream_saving"]
 
@@ -34,17 +34,18 @@ def stream_saving(module: ModuleType) -> None:
         try:
             return save(self, *args, **kwargs)
         finally:
-            engine = _engine_of(self)
+            engine = engine_of(self)
             if engine is not None:
                 engine.end_saving()  # the other ranks need not wait for an upload to the hub
 
     @functools.wraps(save_model)
     def streamed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        engine = _engine_of(self)
+        engine = engine_of(self)
         if engine is None:
             return save_model(self, *args, **kwargs)
         with ExitStack() as stack:
             stack.enter_context(advising_export(engine, _output_dir(self, *args, **kwargs)))
+            stack.enter_context(in_save_model(self))
             if type(self)._save is _save and _is_plain(self.model):
                 stack.enter_context(engine.streamed_saving())
                 stack.enter_context(_writing_pending())
@@ -56,11 +57,6 @@ def stream_saving(module: ModuleType) -> None:
 
 def _output_dir(trainer: Any, output_dir: str | None = None, *_: Any, **others: Any) -> str:
     return output_dir if output_dir is not None else trainer.args.output_dir
-
-
-def _engine_of(trainer: Any) -> ZeroEngine | None:
-    engine = getattr(trainer, "deepspeed", None)
-    return engine if isinstance(engine, ZeroEngine) else None
 
 
 def _is_plain(model: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hf_zero_plugin.checkpoint import export as export_module
 from hf_zero_plugin.checkpoint.export import export, save_weights
 from hf_zero_plugin.checkpoint.format import ShardReader, newest_tag
 from hf_zero_plugin.cli.main import main
-from hf_zero_plugin.engine import checkpointing
+from hf_zero_plugin.engine import checkpointing, untrained
 from hf_zero_plugin.errors import CheckpointError
 from tests.engine.harness import Tiny, make_engine, train, weights
 from tests.helpers import run_ranks
@@ -161,9 +162,9 @@ def test_newer_format_is_refused(checkpoint: Path) -> None:
         make_engine(Tiny()).load_checkpoint(str(checkpoint))
 
 
-@pytest.mark.parametrize("where", ["write_shard", "save_file"])
+@pytest.mark.parametrize("where", [(checkpointing, "write_shard"), (untrained, "stream_safetensors")])
 def test_a_crash_while_saving_leaves_the_old_checkpoint_usable(
-    checkpoint: Path, where: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, where: tuple[ModuleType, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(Tiny())
     engine.load_checkpoint(str(checkpoint))
@@ -173,7 +174,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint_usable(
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointing, where, crash)
+        patch.setattr(*where, crash)
         with pytest.raises(OSError, match="disk full"):
             engine.save_checkpoint(str(checkpoint))
     again = make_engine(Tiny(seed=4))
