@@ -91,7 +91,7 @@ class ZeroEngine(Answering, Saved, Timed, nn.Module):
         self.scaler = LossScaler(settings.loss_scale) if settings.loss_scale is not None else None
         self.global_steps = 0
         """Boundaries reached, skipped steps included."""
-        self.watchdog = Watchdog(self.global_rank, self.world_size, steps_of(self))
+        self.watchdog = Watchdog(self.global_rank, self.world_size, steps_of(self), group)
         shards_params = sharding_for(settings.stage, rank=0, world_size=1).shards_params
         build = assemble_sharded if shards_params else assemble
         self.parts: Assembly = build(

@@ -10,11 +10,14 @@ FSDP2 keeps its hooks and its copies of weights; they are filled from what is ga
 the model must not show them to somebody who then changes them. Afterwards every rank must know the same again: nothing
 is left gathered, and FSDP2 forgets the order in which units ran, from which it guesses what to fetch next. Like
 ``fsdp.py`` this file knows its insides.
+
+An engine may end inside such a context. What it had put in the place of ``unshard`` lies beneath by then, and is taken
+off there: the context goes on, and afterwards FSDP2's own method is back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,9 +28,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from hf_zero_plugin.engine.fsdp import drop_pending, fsdp_modules, groups_of
 from hf_zero_plugin.engine.fsdp_rooms import fill_room, room_for_whole
 
-__all__ = ["running_on"]
+__all__ = ["running_on", "take_off"]
 
 _MARK = "_zero_runs_on"
+"""On a group in the hands of a context; holds the ``unshard`` that lies beneath, or nothing if that is FSDP2's own."""
 
 
 @contextmanager
@@ -44,10 +48,10 @@ def running_on(model: nn.Module, whole_of: Callable[[Any], Tensor | None]) -> It
         return
     order = groups[0].comm_ctx.post_forward_order
     num_run = len(order)
-    before = [vars(group).get("unshard") for group in groups]
     for group in groups:
         drop_pending(group)
-        vars(group).update({"unshard": _filler(group, whole_of), _MARK: True})
+        beneath = {name: method for name, method in vars(group).items() if name == "unshard"}
+        vars(group).update({"unshard": _filler(group, whole_of), _MARK: beneath})
     handles = [module.register_forward_hook(_dropper(group)) for group in groups for module in group.modules]
     try:
         yield
@@ -57,11 +61,17 @@ def running_on(model: nn.Module, whole_of: Callable[[Any], Tensor | None]) -> It
         del order[num_run:]
         for group in everything:
             group._post_forward_indices[:] = [index for index in group._post_forward_indices if index < num_run]
-        for group, unshard in zip(groups, before):
-            del vars(group)["unshard"], vars(group)[_MARK]
-            if unshard is not None:
-                group.unshard = unshard
+        for group in groups:
+            del vars(group)["unshard"]
+            vars(group).update(vars(group).pop(_MARK))
             group._to_sharded()
+
+
+def take_off(group: Any, names: Iterable[str]) -> None:
+    """Give methods of ``group`` back to FSDP2 that an engine has put others in the place of."""
+    for name in names:
+        is_covered = name == "unshard" and _MARK in vars(group)
+        (vars(group)[_MARK] if is_covered else vars(group)).pop(name, None)
 
 
 def _may_run(group: Any) -> bool:

@@ -4,14 +4,18 @@ A rank that waits too long reads what the others wrote. Whoever's line changes i
 rank is; whoever's does not is silent, which means ended or frozen. Clocks of several hosts need not agree: silence is
 counted by the listener, from the moment it began to listen.
 
-The connection is one of its own, because the group's is held for as long as something waits on it. Every engine of a
-process has its own place in the store: engines are made in the same order on every rank.
+The connection is one of its own, because the group's is held for as long as something waits on it. Every engine has
+its own place in the store. Groups of processes share the store, so the place is named after the group's ranks, and
+numbered among theirs: a group's engines are made in the same order on all of its ranks, whatever else these make. Ranks
+are global ones, by which a launcher knows them.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
@@ -24,17 +28,23 @@ MOST_NAMED = 8
 PATIENCE_S = 5.0
 """So long the store may take for an answer."""
 
-_numbers = itertools.count()
+_made: Counter[tuple[int, ...]] = Counter()
+"""Places in the store so far, by ranks of the group."""
 
 
 class Heartbeats:
-    """What this process writes. Nothing here raises: a store that does not answer is a finding."""
+    """What this process writes. Nothing here raises: a store that does not answer is a finding.
 
-    def __init__(self, rank: int, world_size: int, patience_s: float = PATIENCE_S) -> None:
+    Args:
+        rank: global rank of this process.
+        ranks: global ranks of the group, this one's among them; a number means that so many are all there are.
+    """
+
+    def __init__(self, rank: int, ranks: int | Sequence[int], patience_s: float = PATIENCE_S) -> None:
         self.rank = rank
-        self.world_size = world_size
+        self.ranks = tuple(range(ranks) if isinstance(ranks, int) else ranks)
         self._count = 0
-        self._store = _connect(next(_numbers), patience_s)
+        self._store = _connect(_place_of(self.ranks), patience_s)
 
     def beat(self, where: str) -> None:
         """Write that this rank lives. ``where`` is for people."""
@@ -47,7 +57,7 @@ class Heartbeats:
 
     def listen(self) -> Listener:
         """Begin to listen to the other ranks."""
-        return Listener([other for other in range(self.world_size) if other != self.rank], self._store)
+        return Listener([other for other in self.ranks if other != self.rank], self._store)
 
 
 class Listener:
@@ -110,13 +120,20 @@ class Listener:
         return " ".join([*lost, *alive][:MOST_NAMED])
 
 
-def _connect(number: int, patience_s: float) -> PatientStore | None:
+def _place_of(ranks: tuple[int, ...]) -> str:
+    """A new one, the same on all of ``ranks``; short, however many they are."""
+    number, _made[ranks] = _made[ranks], _made[ranks] + 1
+    group = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+    return f"hf_zero_plugin/{group}/{number}"
+
+
+def _connect(place: str, patience_s: float) -> PatientStore | None:
     """None where the store cannot be reached a second time."""
     if not dist.is_initialized():
         return None
     clone = getattr(dist.distributed_c10d._get_default_store(), "clone", None)
     try:
-        own = dist.PrefixStore(f"hf_zero_plugin/{number}", clone()) if clone is not None else None
+        own = dist.PrefixStore(place, clone()) if clone is not None else None
     except RuntimeError:
         return None
     return PatientStore(own, patience_s) if own is not None else None

@@ -315,10 +315,12 @@ class MasterWeights:
             home.load(index, {"master": kept})
 
     @torch.no_grad()
-    def write_weights(self) -> None:
-        """Narrow every master into the weights (this rank's shard of them)."""
+    def write_weights(self, buckets: set[int] | None = None) -> None:
+        """Narrow the masters (of ``buckets``, or all) into the weights (this rank's shard of them)."""
         self.synchronize()
         for home, index, piece in self.pieces():
+            if buckets is not None and piece.bucket not in buckets:
+                continue
             master = home.tensors(index)["master"].view(-1)
             weight = home.context.weight_of(piece)
             if weight.data_ptr() != master.data_ptr():

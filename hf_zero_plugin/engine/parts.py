@@ -60,15 +60,18 @@ class Assembly:
         indices = {self.index_of(param) for param in params}
         return {layout.index for layout in self.layouts for slot in layout.slots if slot.spec.index in indices}
 
-    def publish_masters(self) -> None:
-        """Write the masters into the weights, on all ranks: after they were loaded or set. Collective."""
+    def publish_masters(self, buckets: set[int] | None = None) -> None:
+        """Write the masters (of ``buckets``, or all) into the weights, on all ranks: after they were loaded or set.
+
+        Collective, unless ``buckets`` hold nothing but this rank's part of sharded parameters.
+        """
         if self.masters is None or self.weights is None:
             return
         self.reshard()
-        self.masters.write_weights()
+        self.masters.write_weights(buckets)
         if self.sharding.gathers_weights:
             for layout, flat in zip(self.layouts, self.weights.flats):
-                if layout.num_shards > 1:
+                if layout.num_shards > 1 and (buckets is None or layout.index in buckets):
                     low, high = layout.shard_range(self.sharding.shard)
                     all_gather_flat(flat, flat[low:high].clone(), self.gather_group)
 

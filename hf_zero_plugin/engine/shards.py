@@ -30,6 +30,7 @@ from hf_zero_plugin.engine.fsdp import (
     reshard_all,
     sharded_params,
 )
+from hf_zero_plugin.engine.gathered_units import take_off
 from hf_zero_plugin.engine.master_weights import MasterWeights
 from hf_zero_plugin.engine.watchdog import Watchdog
 
@@ -244,7 +245,7 @@ class Shards:
             self.transfers.close()
             self.transfers = None
         for group in self._guarded:
-            vars(group).pop("unshard", None)
+            take_off(group, ["unshard"])
         self._guarded.clear()
 
 

@@ -1,7 +1,11 @@
 """Reading and writing the fp32 master, the gradient and the optimizer states of one named parameter.
 
 "local" is this rank's slice, flat, shape (n,), n may be 0; "full" is the whole parameter in its own shape, gathered
-from all ranks (collective: every rank must call, in the same order).
+from all ranks (collective: every rank must call, in the same order). Setting is local only where no other rank has what
+changes: the states of a part (stages 1 to 3), and the master of a part whose weight is sharded, too (stage 3). The
+weight of any other parameter is on every rank, and so are its states at stage 0: that is collective.
+
+Where all ranks call, they agree on sizes before anything is changed: a mistake of one is an error on each.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_zero_plugin.engine.buckets import BucketLayout, Slot
+from hf_zero_plugin.engine.collectives import all_gather_flat
 from hf_zero_plugin.engine.registry import engines_of
 from hf_zero_plugin.errors import HfZeroError
 
@@ -64,12 +69,33 @@ def _check_kind(engine: ZeroEngine, slot: Slot, kind: str) -> None:
         raise HfZeroError(f"{slot.spec.name}: the optimizer has no state {kind!r}; it has {names or 'none'}.")
 
 
-def _check_size(slot: Slot, value: Tensor, wanted: int, what: str) -> None:
-    if value.numel() != wanted:
-        raise HfZeroError(
-            f"{slot.spec.name}: the value to set has {value.numel()} elements, {what} has {wanted}. safe_set_local_* "
-            "takes this rank's part, as safe_get_local_* gives it; safe_set_full_* the whole parameter, on every rank."
-        )
+def _check_size(engine: ZeroEngine, slot: Slot, value: Tensor, wanted: int, *, is_part: bool, together: bool) -> None:
+    """``together``: every rank of the engine calls, and where one is wrong, all raise."""
+    given, name = value.numel(), slot.spec.name
+    fix = (
+        "safe_set_local_* takes this rank's part, as safe_get_local_* gives it; safe_set_full_* the whole parameter, "
+        "on every rank."
+    )
+    others = _sizes_of_all(engine, slot, given, wanted) if together and engine.world_size > 1 else {}
+    if given != wanted:
+        what = "this rank's part of the parameter" if is_part else "the parameter"
+        raise HfZeroError(f"{name}: the value to set has {given} elements, {what} has {wanted}. {fix}")
+    for rank, (theirs, due) in others.items():
+        if theirs != due:
+            what = "that rank's part of the parameter" if is_part else "the parameter"
+            raise HfZeroError(
+                f"{name}: the value to set has {theirs} elements on rank {rank}, {what} has {due}; no rank has changed "
+                f"anything. {fix}"
+            )
+
+
+def _sizes_of_all(engine: ZeroEngine, slot: Slot, given: int, wanted: int) -> dict[int, tuple[int, int]]:
+    """(elements given, elements wanted) by global rank. Collective."""
+    sizes = torch.empty(2 * engine.world_size, dtype=torch.int64, device=engine.device)
+    with engine.watchdog.during(f"setting values of {slot.spec.name}"):
+        all_gather_flat(sizes, sizes.new_tensor([given, wanted]), engine.group)
+    ranks = dist.get_process_group_ranks(engine.group or dist.group.WORLD)
+    return {rank: (theirs, due) for rank, (theirs, due) in zip(ranks, sizes.view(-1, 2).tolist())}
 
 
 def _places(engine: ZeroEngine, layout: BucketLayout, slot: Slot) -> Iterator[tuple[Home, int, int, int, slice]]:
@@ -111,6 +137,11 @@ def full_state(param: nn.Parameter, kind: str) -> Tensor | None:
 
 
 def set_local_state(param: nn.Parameter, value: Tensor, kind: str) -> None:
+    """Overwrite this rank's slice of "master" or an optimizer state.
+
+    Raises:
+        HfZeroError: the value has another size than the slice; on every rank alike where setting is collective.
+    """
     found = _find(param)
     if found is None:
         return
@@ -118,32 +149,37 @@ def set_local_state(param: nn.Parameter, value: Tensor, kind: str) -> None:
     engine.synchronize()
     _check_kind(engine, slot, kind)
     numel = sum(end - start for *_, start, end, _ in _places(engine, layout, slot))
-    _check_size(slot, value, numel, "this rank's part of the parameter")
+    together = slot.spec.whole_shape is None and (kind == "master" or engine.parts.sharding.num_shards == 1)
+    _check_size(engine, slot, value, numel, is_part=True, together=together)
     offset = 0
     for start, end, tensor in _editable(engine, layout, slot, kind):
         tensor.copy_(value.reshape(-1)[offset : offset + end - start])
         offset += end - start
-    _publish(engine, kind)
+    _publish(engine, layout, kind)
 
 
 def set_full_state(param: nn.Parameter, value: Tensor, kind: str) -> None:
-    """Overwrite the whole master or state; every rank must call with the same value."""
+    """Overwrite the whole master or state; every rank must call with the same value.
+
+    Raises:
+        HfZeroError: the value has another size than the parameter, here or on another rank.
+    """
     found = _find(param)
     if found is None:
         return
     engine, layout, slot = found
     engine.synchronize()
     _check_kind(engine, slot, kind)
-    _check_size(slot, value, slot.spec.full_numel, "the parameter")
+    _check_size(engine, slot, value, slot.spec.full_numel, is_part=False, together=True)
     for start, end, tensor in _editable(engine, layout, slot, kind):
         tensor.copy_(value.reshape(-1)[start:end])
-    _publish(engine, kind)
+    _publish(engine, layout, kind)
 
 
-def _publish(engine: ZeroEngine, kind: str) -> None:
+def _publish(engine: ZeroEngine, layout: BucketLayout, kind: str) -> None:
     engine.parts.states_changed()
     if kind == "master":
-        engine.parts.publish_masters()
+        engine.parts.publish_masters({layout.index})
 
 
 def local_grad(param: nn.Parameter) -> Tensor | None:

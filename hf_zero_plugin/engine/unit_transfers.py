@@ -24,6 +24,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from hf_zero_plugin.engine.fsdp import fsdp_modules, groups_of
 from hf_zero_plugin.engine.fsdp_rooms import fill_room, room_for_whole
+from hf_zero_plugin.engine.gathered_units import take_off
 from hf_zero_plugin.engine.master_weights import MasterWeights
 from hf_zero_plugin.engine.shards import Shards
 
@@ -78,8 +79,7 @@ class UnitTransfers:
 
     def close(self) -> None:
         for group in self._groups:
-            for name in _OURS:
-                vars(group).pop(name, None)
+            take_off(group, _OURS)
         self._groups = []
 
     # ---------------------------------------------------------------- weights

@@ -61,11 +61,24 @@ def asked_timeout() -> timedelta | None:
 
 
 class Watchdog:
-    """Knows what one rank is doing. ``step`` is asked, not stored: the engine counts."""
+    """Knows what one rank is doing.
 
-    def __init__(self, rank: int, world_size: int, step: Callable[[], int]) -> None:
-        self.rank = rank
+    Args:
+        rank: of this process in ``group``.
+        world_size: of ``group``.
+        step: asked, not stored: the engine counts.
+        group: None for all processes.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, step: Callable[[], int], group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.ranks = dist.get_process_group_ranks(group) if group is not None else [*range(world_size)]
+        """Global ones."""
+        self.rank = self.ranks[rank]
+        """Global, as the launcher and every other message name it."""
         self.world_size = world_size
+        self._is_part = group is not None and world_size < dist.get_world_size()
         self.last_gathered = ""
         """The unit of the model that was gathered last (stage 3)."""
         self._step = step
@@ -79,13 +92,14 @@ class Watchdog:
         self.looked_at = time.monotonic()
         """When that thread has looked last."""
         if self._limit_s is not None:
-            self.beats = Heartbeats(rank, world_size, min(PATIENCE_S, self._limit_s / 10))
+            self.beats = Heartbeats(self.rank, self.ranks, min(PATIENCE_S, self._limit_s / 10))
             _watch_from_aside(self, self._limit_s)
 
     @property
     def where(self) -> str:
         last = f"; gathered last: {self.last_gathered}" if self.last_gathered else ""
-        return f"rank {self.rank} of {self.world_size}, {self.place}{last}"
+        of = f"(in a group of {self.world_size})" if self._is_part else f"of {self.world_size}"
+        return f"rank {self.rank} {of}, {self.place}{last}"
 
     @property
     def place(self) -> str:

@@ -6,12 +6,16 @@ import time
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from hf_zero_plugin.engine import watchdog as watchdog_module
+from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.engine.heartbeats import Heartbeats, Listener
 from hf_zero_plugin.engine.watchdog import TIMEOUT_VARIABLE, Watchdog
 from tests.helpers import run_ranks
+
+from .harness import Tiny, decay_groups, settings_for
 
 
 def test_who_beats_lives_and_who_does_not_is_silent() -> None:
@@ -76,6 +80,49 @@ def _beat() -> dict[str, Any]:
 def test_ranks_hear_each_other() -> None:
     first, second = run_ranks(_beat, 2)
     assert (first["heard"], second["heard"]) == ("Rank 1 lives: here is 1.", "Rank 0 lives: here is 0.")
+
+
+def _engine(group: dist.ProcessGroup | None) -> ZeroEngine:
+    model = Tiny()
+    return ZeroEngine(model, settings_for(1), device=torch.device("cpu"), param_groups=decay_groups(model), group=group)
+
+
+def _two_groups() -> dict[str, Any]:
+    """Ranks 0 and 2, and 1 and 3, each with an engine of their own; then one of all ranks."""
+    rank = dist.get_rank()
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    mine = groups[rank % 2]
+    # The first group has made one more before: all ranks must find the same place for the last one nevertheless.
+    earlier = [_engine(mine) for _ in range(2 - rank % 2)]
+    engines = {"pair": earlier[-1], "all": _engine(None)}
+    heard: dict[str, Any] = {}
+    for name, engine in engines.items():
+        beats = engine.watchdog.beats
+        assert beats is not None
+        with engine.watchdog.during(f"task {rank} of {name}"):
+            beats.beat(engine.watchdog.place)
+            dist.barrier()
+            heard[name] = engine.watchdog.where, beats.listen().report(60.0)
+            pair = engines["pair"].watchdog.beats
+            assert pair is not None
+            heard["pair, later"] = pair.listen().report(60.0)
+            dist.barrier()
+    return heard
+
+
+def test_groups_of_processes_do_not_hear_each_other_and_ranks_are_global() -> None:
+    played = run_ranks(_two_groups, 4, env={TIMEOUT_VARIABLE: "600"})
+    for rank, heard in enumerate(played):
+        other = (rank + 2) % 4
+        assert heard["pair"] == (
+            f"rank {rank} (in a group of 2), step 1, task {rank} of pair",
+            f"Rank {other} lives: step 1, task {other} of pair.",
+        )
+        assert heard["pair, later"].startswith(f"Rank {other} lives: step 1, ")
+        assert "of all" not in heard["pair, later"]
+        where, report = heard["all"]
+        assert where == f"rank {rank} of 4, step 1, task {rank} of all"
+        assert report == " ".join(f"Rank {n} lives: step 1, task {n} of all." for n in range(4) if n != rank)
 
 
 def _is_ended() -> dict[str, Any]:
