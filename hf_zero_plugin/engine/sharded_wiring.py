@@ -14,6 +14,7 @@ Whole parameters, which are small, go the way of stage 1 with states on the devi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ from hf_zero_plugin.engine.sharded_grads import ShardedGrads, Stage3Grads
 from hf_zero_plugin.engine.unit_transfers import UnitTransfers
 
 __all__ = ["Plan", "connect_training"]
+
+logger = logging.getLogger("hf_zero_plugin")
 
 
 class Plan(NamedTuple):
@@ -214,12 +217,27 @@ def _make_homes(
     if _streams(parts, settings, rule, client, home):
         on_device = sharded._replace(device=parts.device)
         return [device_home, *state_homes.make_homes(parts, settings, on_device, None, plan.sharded)]
+    _tell_what_does_not_apply(parts, settings)
     threaded = parts.device.type == "cuda" or offload.step_on == "host"
     if offload.device == "nvme":
         cut = list(_cut(plan.sharded, rule, parts, state_homes.STREAM_PIECE_NUMEL))
         return [device_home, NvmeHome(sharded, cut, offload, settings.aio, threaded=threaded)]
     pieces, share = list(_cut(plan.sharded, rule, parts)), offload.host_threads_share
     return [device_home, HostHome(sharded, pieces, pin_memory=False, threaded=threaded, threads_share=share)]
+
+
+def _tell_what_does_not_apply(parts: Assembly, settings: EngineSettings) -> None:
+    """Keys that are honoured on one rank, and cannot be where several update offloaded weights on their hosts."""
+    offload = settings.offload_optimizer
+    if parts.device.type != "cuda" or parts.sharding.rank or offload.device != "cpu":
+        return
+    asked = {"ratio": offload.ratio != 1.0, "step_on": offload.step_on == "device"}
+    if names := [name for name, is_asked in asked.items() if is_asked]:
+        logger.warning(
+            "$.zero_optimization.offload_optimizer.%s: no effect here. With offload_param on several ranks, all "
+            "optimizer states are in host memory and are updated by host cores; without offload_param it would have.",
+            " and ".join(names),
+        )
 
 
 def _cut(
