@@ -59,7 +59,7 @@ class OffloadOptimizer(Section):
         "auto",
         "Who computes the update of offloaded states: the host's cores, or the accelerator with the states "
         "streamed through it.",
-        note="Ours.",
+        note='Ours. With offload_param on several ranks "auto" is the host, and ratio needs "device".',
     )
     nvme_path: AutoText | None = applied(None, "Directory for states on NVMe; every rank keeps a file there.")
     buffer_count: Positive = applied(4, "Staging buffers in host memory, each of a bucket's states.")

@@ -3,7 +3,8 @@
 After FSDP2's reduce-scatter, ``.grad`` of a sharded parameter is this rank's rows of the mean over ranks. They are
 added to the parameter's slice of a flat buffer and dropped at once, on the stream that reduced them, so that the
 memory above the buffers is one unit's. Shards that live in host memory arrive there by FSDP2's own copies, which run
-on until the end of the backward pass: those are collected then.
+on until the end of the backward pass: those are collected then. If the buffers are on the device all the same,
+gradients are kept from leaving it (``kept_grads.py``).
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_zero_plugin.engine.buckets import BucketLayout
+from hf_zero_plugin.engine.buckets import BucketLayout, Slot
 from hf_zero_plugin.engine.flat import view_of
+from hf_zero_plugin.engine.fsdp import ShardedParam
 from hf_zero_plugin.engine.gradients import GradientStore
+from hf_zero_plugin.engine.kept_grads import give_back, keep_on_device
 from hf_zero_plugin.engine.lone_grads import LoneGrads
 from hf_zero_plugin.engine.sharding import Sharding
 
@@ -27,6 +30,11 @@ class ShardedGrads(GradientStore):
 
     Sums of micro-steps are kept in fp32 if ``accumulate_fp32``; the buffers widen at the first micro-step that is not
     the last, so runs without accumulation never pay for it.
+
+    Args:
+        flats: the weights, bucket by bucket; gradients are of their types, and where they are.
+        device: where the model computes.
+        kept: FSDP2's parameters, if gradients stay there although the weights are in host memory.
     """
 
     def __init__(
@@ -36,8 +44,10 @@ class ShardedGrads(GradientStore):
         sharding: Sharding,
         flats: Sequence[Tensor],
         *,
+        device: torch.device,
         accumulate_fp32: bool,
         factor: float = 1.0,
+        kept: Sequence[ShardedParam] = (),
     ) -> None:
         self.layouts = list(layouts)
         self.params = list(params)
@@ -46,17 +56,25 @@ class ShardedGrads(GradientStore):
         self._handles = []
         self._factor = factor
         self._accumulate_fp32 = accumulate_fp32
-        self._flats = {layout.index: torch.zeros_like(flat) for layout, flat in zip(layouts, flats)}
+        place = device if kept else None
+        self._flats = {layout.index: torch.zeros_like(flat, device=place) for layout, flat in zip(layouts, flats)}
         self._places = {slot.spec.index: (layout.index, slot) for layout in self.layouts for slot in layout.slots}
-        self._arrives_late = bool(flats) and flats[0].device.type == "cpu"
+        self._place_of = {place[1].spec.name: place for place in self._places.values()}
+        self._kept = [item for item in kept if item.name in self._place_of]
+        self._is_on_host = bool(flats) and flats[0].device != device and not self._kept
+        self._arrives_late = bool(flats) and flats[0].device.type == "cpu" and not self._kept
         if not self._arrives_late:
             self.attach()
 
     def attach(self) -> None:
+        if self._kept:
+            keep_on_device(self._kept, self, ShardedGrads._take)
+            return
         for index in self._places:
             self._attach_to(index, self.params[index])
 
     def detach(self) -> None:
+        give_back(self._kept)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -74,11 +92,16 @@ class ShardedGrads(GradientStore):
                 self._on_grad(index, self.params[index])
 
     def _on_grad(self, index: int, param: Tensor) -> None:
-        bucket, slot = self._places[index]
         assert param.grad is not None
-        local = param.grad.to_local()  # type: ignore[attr-defined]
-        view_of(self._flats[bucket], slot).add_(local, alpha=self._factor)
+        self._add(self._places[index], param.grad.to_local())  # type: ignore[attr-defined]
         param.grad = None
+
+    def _take(self, name: str, grad: Tensor) -> None:
+        self._add(self._place_of[name], grad)
+
+    def _add(self, place: tuple[int, Slot], grad: Tensor) -> None:
+        bucket, slot = place
+        view_of(self._flats[bucket], slot).add_(grad, alpha=self._factor)
 
     def shard(self, bucket: int) -> Tensor:
         return self._flats[bucket]
@@ -86,6 +109,10 @@ class ShardedGrads(GradientStore):
     @property
     def num_bytes(self) -> int:
         return sum(flat.numel() * flat.element_size() for flat in self._flats.values())
+
+    @property
+    def is_on_host(self) -> bool:
+        return self._is_on_host
 
 
 class Stage3Grads(GradientStore):

@@ -7,6 +7,7 @@
     1      host         device, or host if large  LoneGrads          device, or host and streamed through the device
     1      host         host                      LoneGrads          host, "step_on": "host": a host thread
     N      either       where weights are         ShardedGrads       where weights are
+    N      host         device                    ShardedGrads       as for 1, with "step_on": "device"
     any    either       where weights are         either             NVMe, "device": "nvme": host cores
 
 Whole parameters, which are small, go the way of stage 1 with states on the device.
@@ -82,9 +83,9 @@ def connect_training(
     parts.weights = FlatWeights(parts.layouts, parts.params, parts.device)
     exact = initial_values.adopt_weights(parts.weights, plan.whole, parts.sharding, group)
     parts.weights.flats += flats
-    streams = _streams(parts, settings, rule, client, home)
+    streams = _streams(parts, settings, rule, client, home, flats)
     parts.grads = _make_grads(parts, settings, plan, flats, group, streams)
-    homes = _make_homes(parts, settings, plan, home, rule, client)
+    homes = _make_homes(parts, settings, plan, home, rule, client, streams)
     parts.masters = MasterWeights(homes, parts.grads, len(parts.layouts))
     num_whole = len(plan.whole)
     for owner, index, piece in parts.masters.pieces():
@@ -133,12 +134,18 @@ def _make_grads(
     # FSDP2 takes the mean.
     factor = float(sharding.world_size) if settings.gradient_allreduce_op == "sum" else 1.0
     if sharding.world_size > 1:
-        return Stage3Grads(
-            whole,
-            ShardedGrads(plan.sharded, parts.params, sharding, flats, accumulate_fp32=accumulate_fp32, factor=factor),
+        sharded = ShardedGrads(
+            plan.sharded,
+            parts.params,
+            sharding,
+            flats,
+            device=parts.device,
+            accumulate_fp32=accumulate_fp32,
+            factor=factor,
+            kept=parts.shards.params if streams else (),
         )
-    widens = accumulate_fp32 and settings.gradient_accumulation_steps > 1
-    num_bytes = sum(flat.numel() * (4 if widens else flat.element_size()) for flat in flats)
+        return Stage3Grads(whole, sharded)
+    num_bytes = _grad_bytes(settings, flats)
     is_offloaded = bool(flats) and flats[0].device != parts.device
     lone = LoneGrads(
         plan.sharded,
@@ -157,24 +164,41 @@ DEVICE_SHARE = 0.25
 there save two of host memory and two on the link, each way."""
 
 
+def _grad_bytes(settings: EngineSettings, flats: Sequence[Tensor]) -> int:
+    widens = assembly.accumulates_in_fp32(settings) and settings.gradient_accumulation_steps > 1
+    return sum(flat.numel() * (4 if widens else flat.element_size()) for flat in flats)
+
+
 def _fits_device(num_bytes: int, device: torch.device) -> bool:
     total = torch.cuda.get_device_properties(device).total_memory
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
     return num_bytes <= DEVICE_SHARE * fraction * total
 
 
-def _streams(parts: Assembly, settings: EngineSettings, rule: UpdateRule, client: Any, home: torch.device) -> bool:
-    """Whether offloaded weights are updated on the device, which their states live on or pass through."""
-    return (
+def _streams(
+    parts: Assembly,
+    settings: EngineSettings,
+    rule: UpdateRule,
+    client: Any,
+    home: torch.device,
+    flats: Sequence[Tensor],
+) -> bool:
+    """Whether offloaded weights are updated on the device, which their states live on or pass through.
+
+    With several ranks that is done when it is asked for, and when the gradients of a rank's part fit there.
+    """
+    can = (
         home != parts.device
         and parts.device.type == "cuda"
-        and parts.sharding.world_size == 1
         and client is None
         and rule.elementwise
         and not isinstance(rule, TorchRule)
         and settings.offload_optimizer.step_on != "host"
         and settings.offload_optimizer.device != "nvme"
     )
+    if parts.sharding.world_size == 1 or not can:
+        return can
+    return settings.offload_optimizer.step_on == "device" and _fits_device(_grad_bytes(settings, flats), parts.device)
 
 
 def _make_homes(
@@ -184,11 +208,12 @@ def _make_homes(
     home: torch.device,
     rule: UpdateRule,
     client: torch.optim.Optimizer | None,
+    streams: bool,
 ) -> list[Home]:
     """States of whole parameters stay on the device: they are few, and gathered on the main thread.
 
-    States of offloaded parameters are updated on the device if there is one rank, wherever they rest; otherwise they
-    rest where the parameters are, and are updated there.
+    States of offloaded parameters are updated on the device if ``streams``, wherever they rest; otherwise they rest
+    where the parameters are, and are updated there.
     """
     assert parts.weights is not None and parts.grads is not None and parts.optimizer is not None
     whole = Context(
@@ -214,7 +239,7 @@ def _make_homes(
     device_home = DeviceHome(whole, list(_cut(plan.whole, rule, parts)))
     if home == parts.device:
         return [device_home, *state_homes.make_homes(parts, settings, sharded, None, plan.sharded)]
-    if _streams(parts, settings, rule, client, home):
+    if streams:
         on_device = sharded._replace(device=parts.device)
         return [device_home, *state_homes.make_homes(parts, settings, on_device, None, plan.sharded)]
     _tell_what_does_not_apply(parts, settings)
@@ -227,16 +252,20 @@ def _make_homes(
 
 
 def _tell_what_does_not_apply(parts: Assembly, settings: EngineSettings) -> None:
-    """Keys that are honoured on one rank, and cannot be where several update offloaded weights on their hosts."""
+    """Keys that would act if states streamed through the device, where several ranks update weights on their hosts."""
     offload = settings.offload_optimizer
     if parts.device.type != "cuda" or parts.sharding.rank or offload.device != "cpu":
         return
     asked = {"ratio": offload.ratio != 1.0, "step_on": offload.step_on == "device"}
     if names := [name for name, is_asked in asked.items() if is_asked]:
+        why = 'with offload_param on several ranks that is so unless "step_on" is "device"'
+        if offload.step_on == "device":
+            why = "a rank's gradients take more than a quarter of its GPU, or the optimizer's states cannot be streamed"
         logger.warning(
-            "$.zero_optimization.offload_optimizer.%s: no effect here. With offload_param on several ranks, all "
-            "optimizer states are in host memory and are updated by host cores; without offload_param it would have.",
+            "$.zero_optimization.offload_optimizer.%s: no effect here. All optimizer states are in host memory and are "
+            "updated by host cores: %s.",
             " and ".join(names),
+            why,
         )
 
 
