@@ -42,7 +42,7 @@ class MachineWatch:
     """
 
     def __init__(self, pids: list[int] | None = None, limit_bytes: float | None = None, every_s: float = 0.1) -> None:
-        self.most_used = 0
+        self.most_used = self.most_resident = 0
         self.ended_them = False
         self._pids = pids or []
         self._limit = limit_bytes
@@ -74,11 +74,13 @@ class MachineWatch:
             time.sleep(self._every_s)
 
     def _resident(self) -> int:
-        """Of the watched processes; what the machine as a whole gained counts too, for memory nobody owns up to."""
+        """Of the watched processes; what the machine as a whole gained counts too, for memory nobody owns up to: with a
+        limit, nothing else must run on the machine."""
         total = 0
         for pid in self._pids:
             try:
                 total += psutil.Process(pid).memory_info().rss
             except psutil.Error:
                 continue
+        self.most_resident = max(self.most_resident, total)
         return max(total, self.most_used if self._limit is not None else 0)

@@ -196,7 +196,8 @@ class Serving:
             lines = self.read("RESULT ", timeout)
         used = {"machine_used_bytes": watch.most_used}
         if watch.ended_them:
-            return {"failed": f"needs more than {self._around.host_gib:g} GiB of host memory", **used}
+            own = f"its processes held {watch.most_resident / 2**30:.1f}"
+            return {"failed": f"needs more than {self._around.host_gib:g} GiB of host memory ({own})", **used}
         if lines is None:
             return {"failed": self.why, **used}
         results = [json.loads(line) for line in lines]

@@ -284,7 +284,9 @@ def put_storage(sharded: ShardedParam, padded: Tensor) -> None:
     handle, old = sharded.handle, sharded.param
     assert padded.numel() == handle.padded_sharded_param_size.numel(), "as large as rank 0's shard"
     numel = handle.sharded_size.numel()
-    fresh = nn.Parameter(handle.to_sharded_dtensor(padded[:numel].view(handle.sharded_size)), old.requires_grad)
+    # The class's own method: an engine that was not destroyed may have put another in its place (kept_grads.py).
+    local = padded[:numel].view(handle.sharded_size)
+    fresh = nn.Parameter(type(handle).to_sharded_dtensor(handle, local), old.requires_grad)
     for key, value in vars(old).items():
         setattr(fresh, key, value)
     handle._sharded_param_data = padded

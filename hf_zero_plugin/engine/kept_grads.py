@@ -5,8 +5,8 @@ bytes a parameter would cross the link twice, and the host would have to add the
 is told that its parameters are on the device, and each result is handed over in the place of a ``.grad``, which a
 parameter in host memory could not hold. Like ``fsdp.py`` this file knows its insides.
 
-The stand-ins belong to the model's FSDP2 groups, which outlive an engine: they hold on to nothing of it, and without it
-they do what FSDP2 does.
+The stand-ins sit on the model's FSDP2 groups, which outlive an engine: they keep nothing of it alive, and once it is
+gone they do what FSDP2 does. A later engine's take their place.
 """
 
 from __future__ import annotations
@@ -29,13 +29,18 @@ _OURS = {"group": "post_backward", "handle": "to_sharded_dtensor"}
 def keep_on_device(items: Iterable[ShardedParam], owner: Owner, take: Callable[[Owner, str, Tensor], None]) -> None:
     """``take(owner, name, grad)`` with this rank's rows of each reduced gradient, on the stream that reduced it.
 
-    ``take`` itself must not hold ``owner``. The memory of ``grad`` is given to others in that stream's order.
+    ``take`` itself must not hold ``owner``. The memory of ``grad`` is given to others in that stream's order. All of
+    ``items`` are offloaded.
     """
     reference = weakref.ref(owner)
+    handles: dict[int, list[Any]] = {}
+    groups: dict[int, Any] = {}
     for item in items:
         item.handle.to_sharded_dtensor = _hand_over(item, reference, take)
-        if _OURS["group"] not in vars(item.group):
-            item.group.post_backward = _reduce_on_device(item.group, reference)
+        groups[id(item.group)] = item.group
+        handles.setdefault(id(item.group), []).append(item.handle)
+    for key, group in groups.items():
+        group.post_backward = _reduce_on_device(group, handles[key], reference)
 
 
 def give_back(items: Iterable[ShardedParam]) -> None:
@@ -58,16 +63,17 @@ def _hand_over(item: ShardedParam, reference: Any, take: Callable[[Any, str, Ten
     return to_sharded_dtensor
 
 
-def _reduce_on_device(group: Any, reference: Any) -> Callable[..., None]:
+def _reduce_on_device(group: Any, handles: Iterable[Any], reference: Any) -> Callable[..., None]:
+    """Of ``handles`` alone: what others of the group get, nobody takes, and it belongs where they are."""
+
     def post_backward(*unused: Any) -> None:
-        believes = [param.offload_to_cpu for param in group.fsdp_params]
-        if reference() is not None:
-            for param in group.fsdp_params:
-                param.offload_to_cpu = False
+        stays = reference() is not None
+        for handle in handles:
+            handle.offload_to_cpu = not stays
         try:
             type(group).post_backward(group, *unused)
         finally:
-            for param, offloads in zip(group.fsdp_params, believes):
-                param.offload_to_cpu = offloads
+            for handle in handles:
+                handle.offload_to_cpu = True
 
     return post_backward

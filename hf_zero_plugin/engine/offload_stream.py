@@ -15,9 +15,9 @@ half precision, ahead of the states, and gradients that rest on the host come up
 
 How much is staged ahead decides how soon the next forward pass finds new weights. As the backward pass goes on it frees
 activations, and staging takes that memory: never more than the device held when the pass began, and no more than half
-of the states, since the other half is needed later than it takes to bring it. Such a buffer is dropped when the host
-has seen its download over, so that the compute stream may use the memory again without waiting. One that is still on
-its way down when the next pass begins comes on top of that pass's own peak, and is the first to be filled again.
+of the states, since the other half is needed later than it takes to bring it. A buffer is dropped when the host has
+seen its download over: the compute stream may use it without waiting. What is still on its way down when the next pass
+begins comes on top of that pass's own peak, and is the first to be filled again.
 
 Downloads are cut, with a tiny kernel between the cuts. The copy engine serves what one stream has queued to its end
 before it looks at another stream, unless that one must wait for something: without the kernels, a ``tensor.item()``
@@ -43,7 +43,6 @@ from torch import Tensor
 from hf_zero_plugin.engine.buckets import Piece
 from hf_zero_plugin.engine.master_weights import Context, Home, StepInputs
 from hf_zero_plugin.engine.pinned import PinnedArena
-from hf_zero_plugin.engine.timeline import Mark
 
 __all__ = ["StreamedHome"]
 
@@ -94,7 +93,7 @@ class StreamedHome(Home):
         self._ceiling = self._peak_staging = 0
         self._done: dict[int, list[torch.cuda.Event]] = {}
         self._alive: Any = None
-        self._rest: tuple[StepInputs, Tensor, Mark | None] | None = None
+        self._rest: tuple[StepInputs, Tensor] | None = None
         """What ``launch_rest`` has still to do, and with what."""
 
     def set_master(self, index: int, values: Tensor) -> None:
@@ -124,27 +123,29 @@ class StreamedHome(Home):
         try:
             torch.cuda.set_stream(compute)  # whose memory it is
             fresh: dict[int, Tensor] = {}
+            leaving = self._leaving.copy()
             for index in range(len(self._staged), self._max_ahead):
                 is_slots_own = index < len(self._slots)
                 num_bytes = self._bytes_each * (self._longest if is_slots_own else self.pieces[index].numel)
-                buffer = self._take_leaving(num_bytes)
+                buffer = self._take_leaving(leaving, num_bytes)
                 if buffer is None:
                     room -= num_bytes
                     if room < 0 and not is_slots_own:
                         break
                     buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self.context.device)
                 fresh[index] = buffer
+            self._leaving = leaving  # not before all of the memory is there
             self._stage(fresh)
         finally:
             torch.cuda.set_stream(before)
         there = sum(b.numel() for b in [*self._staged.values(), *(one.buffer for one in self._leaving)])
         self._peak_staging = max(self._peak_staging, 4 * self._longest * len(self._slots) + there)
 
-    def _take_leaving(self, num_bytes: int) -> Tensor | None:
+    def _take_leaving(self, leaving: deque[_Leaving], num_bytes: int) -> Tensor | None:
         """A buffer of this size that is on its way down: what is uploaded from now on waits for that."""
-        for position, one in enumerate(self._leaving):
+        for position, one in enumerate(leaving):
             if one.buffer.numel() == num_bytes:
-                del self._leaving[position]
+                del leaving[position]
                 for slot in self._slots:
                     slot.wait_event(one.downloaded)
                 return one.buffer
@@ -195,10 +196,8 @@ class StreamedHome(Home):
         # Tensors of the compute stream that updates read stay referenced until the next step has replaced them.
         self._alive = (number, inputs)
         compute = torch.cuda.current_stream(device)
-        started = self.timeline.begin() if self.timeline is not None else None
-        ready = compute.record_event()
         for slot in self._slots:
-            slot.wait_event(ready)
+            slot.wait_stream(compute)
         self._done = {}
         try:
             for index in range(len(self._staged)):
@@ -206,15 +205,16 @@ class StreamedHome(Home):
                 self._update(index, self._staged[index], inputs, number)
         finally:
             torch.cuda.set_stream(compute)
-        self._rest = inputs, number, started
+        self._rest = inputs, number
         if not self.context.is_alone:
             self.launch_rest()  # ranks must gather in one order, whatever their callers do next
 
     def launch_rest(self) -> None:
         if self._rest is None:
             return
-        (inputs, number, started), self._rest = self._rest, None
+        (inputs, number), self._rest = self._rest, None
         before = torch.cuda.current_stream(self.context.device)
+        started = self.timeline.begin() if self.timeline is not None else None
         try:
             self._launch(inputs, number)
         finally:

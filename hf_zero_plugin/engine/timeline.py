@@ -11,8 +11,8 @@ What the report says (milliseconds; sums over the micro-steps of a step):
     backward_ms   with the reduction of gradients
     norm_ms       norm, non-finite flag, clip coefficient
     update_ms     the update, if it runs on the compute stream or inside step()
-    flight_ms     offload: from launching an update to its last weights being there; told of the step in which that
-                  was waited for, the next one, if there is one rank
+    flight_ms     offload: from launching the copies of an update to its last weights being there; told of the step in
+                  which that was waited for, the next one, if there is one rank
     host_step_ms  offload: host cores at work
     hidden_share  offload: part of flight and host step during which nobody waited; 1 is what offload should cost
 """

@@ -53,8 +53,8 @@ __all__ = [
 ]
 
 
-_is_own_word = False
-"""No launcher has described this process, ``describe_single_process`` has."""
+LONE_VARIABLE = "HF_ZERO_LONE"
+"""Set where no launcher has described this process, but ``describe_single_process``; its children inherit that."""
 
 
 def get_local_rank() -> int:
@@ -73,11 +73,9 @@ def describe_single_process() -> None:
     Otherwise accelerate makes no process group, and with two visible GPUs the Trainer takes DataParallel and never
     reaches the engine.
     """
-    global _is_own_word
     if "RANK" in os.environ or "LOCAL_RANK" in os.environ:
         return
-    _is_own_word = True
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", LONE_VARIABLE: "1"})
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))
 
@@ -103,8 +101,8 @@ def init_distributed(
         options["device_id"] = torch.device("cuda", get_local_rank())
         # At a time-out NCCL's watchdog would hold every process for a while, to collect traces for its developers.
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
-    if _is_own_word and os.environ.get("WORLD_SIZE") == "1":
-        # The port in the environment was free some time ago: another process may have it by now.
+    if LONE_VARIABLE in os.environ and os.environ.get("WORLD_SIZE") == "1":
+        # The port in the environment was free some time ago: another process may have it by now, such as a parent.
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         os.environ["MASTER_PORT"] = str(store.port)
         options |= {"store": store, "rank": 0, "world_size": 1}

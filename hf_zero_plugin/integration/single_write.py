@@ -84,11 +84,13 @@ def _standing_in(engine: ZeroEngine, writes: _Writes) -> Iterator[None]:
     def save_checkpoint(*args: Any, **kwargs: Any) -> bool:
         return writes.save_checkpoint(*args, **kwargs)
 
+    before = {name: method for name, method in vars(engine).items() if name == "save_checkpoint"}
     vars(engine)["save_checkpoint"] = save_checkpoint
     try:
         yield
     finally:
         del vars(engine)["save_checkpoint"]
+        vars(engine).update(before)
 
 
 @contextmanager

@@ -86,12 +86,13 @@ class GatheredParameters:
         ]
         """In the hands of an engine, trained or not; in an order that all ranks share."""
         held = {id(param) for param in self._whole}
-        self._stack = contextlib.ExitStack()
         free = [param for param in plain if id(param) not in held]
-        if free:
-            self._stack.enter_context(fast_draws())
-        self._stack.enter_context(lent(free, self.modifier_rank))
-        self._stack.enter_context(gathered(self.params, self.modifier_rank))
+        with contextlib.ExitStack() as stack:
+            if free:
+                stack.enter_context(fast_draws())
+            stack.enter_context(lent(free, self.modifier_rank))
+            stack.enter_context(gathered(self.params, self.modifier_rank))
+            self._stack = stack.pop_all()
 
     def __exit__(self, *exc_info: Any) -> None:
         # On an error the sharded parameters are put back as they were.

@@ -126,3 +126,78 @@ def test_what_stays_on_the_model_does_nothing_without_its_owner() -> None:
     for taken, found in run_ranks(_without_an_owner, 2):
         assert found == [taken, taken]
         assert any(value > 0 for value in taken.values())
+
+
+def _failed_and_left() -> dict[str, Any]:
+    """An engine that fails while it is built; one that is left without a word, and one after it, that trains."""
+    options: dict[str, Any] = {"precision": "fp32", **BOTH}
+    engine = engine_for(**options)
+    wanted = train(engine)
+    engine.destroy()
+    model = Net()
+    with pytest.MonkeyPatch.context() as patch, RaceDetector():
+        _stream_on_the_cpu(patch)
+        with patch.context() as broken:
+            broken.setattr(sharded_wiring, "_make_homes", _raise)
+            with pytest.raises(MemoryError):
+                engine_for(model, **options)
+        engine = engine_for(model, **options)
+        offloads = _flags_during_reduction(model)
+        found = train(engine)
+        engine_for(model, **options)
+    return {"wanted": wanted, "found": found, "offloads": offloads}
+
+
+def _raise(*_: Any) -> None:
+    raise MemoryError
+
+
+def _flags_during_reduction(model: torch.nn.Module) -> list[bool]:
+    """What FSDP2 believes of a parameter when its gradient is handed over."""
+    found: list[bool] = []
+    for item in sharded_params(model):
+        hand_over = item.handle.to_sharded_dtensor
+
+        def noted(tensor: torch.Tensor, item: Any = item, hand_over: Any = hand_over) -> Any:
+            found.append(item.handle.offload_to_cpu)
+            return hand_over(tensor)
+
+        item.handle.to_sharded_dtensor = noted
+    return found
+
+
+@pytest.mark.slow
+def test_engines_that_failed_or_were_left_spoil_nothing() -> None:
+    for rank in run_ranks(_failed_and_left, 2):
+        assert rank["found"]["losses"] == rank["wanted"]["losses"]
+        assert rank["offloads"] and not any(rank["offloads"])
+
+
+def _untrained_beside() -> tuple[bool, bool, set[str]]:
+    """A weight that wants gradients and that no optimizer knows, in a unit with others that one does."""
+    model = Net()
+    model.layers[1].up.weight.requires_grad_(False)
+    with pytest.MonkeyPatch.context() as patch, RaceDetector():
+        _stream_on_the_cpu(patch)
+        engine = engine_for(model, **BOTH)
+        items = {item.name: item for item in sharded_params(model)}
+        items["layers.1.up.weight"].param.requires_grad_(True)
+        kept = {name for name, item in items.items() if "to_sharded_dtensor" in vars(item.handle)}
+        flags: list[bool] = []
+        handle = items["layers.1.up.weight"].handle
+        handle.to_sharded_dtensor = lambda grad: (
+            flags.append(handle.offload_to_cpu),
+            type(handle).to_sharded_dtensor(handle, grad),
+        )[1]
+        engine.backward(loss_of(engine, batch(0)))
+        engine.step()
+        has_grad = items["layers.1.up.weight"].param.grad is not None
+        engine.destroy()
+    return flags == [True], has_grad, kept
+
+
+@pytest.mark.slow
+def test_a_weight_without_an_optimizer_gets_its_gradient_where_it_is() -> None:
+    for goes_to_host, has_grad, kept in run_ranks(_untrained_beside, 2):
+        assert goes_to_host and has_grad
+        assert "layers.1.up.weight" not in kept and "layers.1.down.weight" in kept

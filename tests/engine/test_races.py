@@ -232,12 +232,14 @@ def _without_waiting_for_the_update(home: StreamedHome, bucket: int) -> None:
     return None
 
 
-def _at_once(home: StreamedHome, num_bytes: int) -> Tensor | None:
-    fitting = [one for one in home._leaving if one.buffer.numel() == num_bytes]
-    if not fitting:
-        return None
-    home._leaving = deque(one for one in home._leaving if one is not fitting[-1])
-    return fitting[-1].buffer
+def _at_once(home: StreamedHome, leaving: deque[Any], num_bytes: int) -> Tensor | None:
+    """The last one that fits, without waiting."""
+    for position in reversed(range(len(leaving))):
+        if leaving[position].buffer.numel() == num_bytes:
+            buffer: Tensor = leaving[position].buffer
+            del leaving[position]
+            return buffer
+    return None
 
 
 @pytest.mark.parametrize(
@@ -267,3 +269,29 @@ def test_a_missing_wait_is_found(missing: str, monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setattr(StreamedHome, "_take_leaving", _at_once)
         _train(engine)
     assert detector.races
+
+
+def test_a_full_device_loses_no_buffer_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Staging takes what is on its way down only when it has all of the memory that it asks for."""
+    _stream_on_the_cpu(monkeypatch, room=True)
+    with RaceDetector(sees_ends=False) as detector:
+        engine = _watched(detector, _engine("bf16", "cpu"))
+        (home,) = _homes(engine)
+        _train(engine, 1)
+        leaving = [id(one.buffer) for one in home._leaving]
+
+        def full(*_: Any, **__: Any) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        home._max_ahead = len(home.pieces)
+        home.start_backward()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", full)
+            with pytest.raises(torch.OutOfMemoryError):
+                home.prefetch()
+        assert [id(one.buffer) for one in home._leaving] == leaving and leaving
+        assert not home._staged
+        home._max_ahead = home._count_ahead()
+        _train(engine, 2)
+        engine.destroy()
+    assert detector.races == []

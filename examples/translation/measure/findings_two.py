@@ -120,7 +120,8 @@ def second_gpu(one: Cells, two: Cells) -> str:
     )
     return (
         f"**One GPU and two.** A second GPU, at the same batch size per GPU, makes an epoch {', and '.join(parts)}; "
-        f"2 would be perfect. What is missing goes to the exchange of gradients and weights.{caveat}"
+        "2 would be perfect. Part of what is missing goes to the exchange of gradients and weights, and times of short "
+        f"steps vary.{caveat}"
     )
 
 
