@@ -61,7 +61,7 @@ class ShardedGrads(GradientStore):
         self._places = {slot.spec.index: (layout.index, slot) for layout in self.layouts for slot in layout.slots}
         self._place_of = {place[1].spec.name: place for place in self._places.values()}
         self._kept = [item for item in kept if item.name in self._place_of]
-        self._is_on_host = bool(flats) and flats[0].device != device and not self._kept
+        self._is_on_host = bool(flats) and flats[0].device.type != device.type and not self._kept
         self._arrives_late = bool(flats) and flats[0].device.type == "cpu" and not self._kept
         if not self._arrives_late:
             self.attach()
