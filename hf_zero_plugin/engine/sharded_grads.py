@@ -56,12 +56,12 @@ class ShardedGrads(GradientStore):
         self._handles = []
         self._factor = factor
         self._accumulate_fp32 = accumulate_fp32
+        self._device = device
         place = device if kept else None
         self._flats = {layout.index: torch.zeros_like(flat, device=place) for layout, flat in zip(layouts, flats)}
         self._places = {slot.spec.index: (layout.index, slot) for layout in self.layouts for slot in layout.slots}
         self._place_of = {place[1].spec.name: place for place in self._places.values()}
         self._kept = [item for item in kept if item.name in self._place_of]
-        self._is_on_host = bool(flats) and flats[0].device.type != device.type and not self._kept
         self._arrives_late = bool(flats) and flats[0].device.type == "cpu" and not self._kept
         if not self._arrives_late:
             self.attach()
@@ -112,7 +112,7 @@ class ShardedGrads(GradientStore):
 
     @property
     def is_on_host(self) -> bool:
-        return self._is_on_host
+        return any(flat.device.type != self._device.type for flat in self._flats.values())
 
 
 class Stage3Grads(GradientStore):

@@ -258,7 +258,7 @@ def _tell_what_does_not_apply(parts: Assembly, settings: EngineSettings) -> None
         return
     asked = {"ratio": offload.ratio != 1.0, "step_on": offload.step_on == "device"}
     if names := [name for name, is_asked in asked.items() if is_asked]:
-        why = 'with offload_param on several ranks that is so unless "step_on" is "device"'
+        why = 'with offload_param that is so if "step_on" is "host", and on several ranks unless "step_on" is "device"'
         if offload.step_on == "device":
             why = "a rank's gradients take more than a quarter of its GPU, or the optimizer's states cannot be streamed"
         logger.warning(

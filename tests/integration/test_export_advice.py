@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .test_stage3_trainer import TORCHRUN
+from .playing import play_scenes
 from .test_trainer import environment
 from .ungathered_scenes import MODELS
 
@@ -26,12 +26,7 @@ Saved = tuple[Path, str]
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repo_dir: Path) -> Saved:
     """(folder, everything that was said) of one number of ranks."""
     out = tmp_path_factory.mktemp("ungathered")
-    launcher = TORCHRUN if request.param == 2 else []
-    command = [sys.executable, *launcher, "-m", "tests.integration.ungathered_scenes", str(out)]
-    env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run(command, cwd=repo_dir, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return out, done.stdout + done.stderr
+    return out, play_scenes("ungathered_scenes", request.param, out, repo_dir)
 
 
 @pytest.mark.parametrize("name", MODELS)

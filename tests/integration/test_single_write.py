@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +17,8 @@ from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.integration.single_write import in_save_model, write_once
 from tests.engine.harness import Tiny, make_engine
 
+from .playing import play_scenes
 from .single_write_scenes import STEPS
-from .test_stage3_trainer import TORCHRUN
-from .test_trainer import environment
 
 # ---------------------------------------------------------------- the order of calls, without a Trainer
 
@@ -133,13 +130,9 @@ Saved = tuple[Path, str, list[list[tuple[str, int]]]]
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repo_dir: Path) -> Saved:
     """(folder, everything that was said, every rank's writes)."""
     out = tmp_path_factory.mktemp("single")
-    launcher = TORCHRUN if request.param == 2 else []
-    command = [sys.executable, *launcher, "-m", "tests.integration.single_write_scenes", str(out)]
-    env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run(command, cwd=repo_dir, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    said = play_scenes("single_write_scenes", request.param, out, repo_dir)
     writes = [json.loads((out / f"writes{rank}.json").read_text()) for rank in range(request.param)]
-    return out, done.stdout + done.stderr, writes
+    return out, said, writes
 
 
 CHECKPOINTS = [f"{run}/checkpoint-{n}/global_step{n}" for run in ("whole", "only_model") for n in range(1, STEPS + 1)]

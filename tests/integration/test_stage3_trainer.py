@@ -6,8 +6,6 @@ One run of ``stage3_scenes`` per number of ranks; the tests compare its scenes.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .test_trainer import environment
+from .playing import play_scenes
 
 pytestmark = pytest.mark.slow
 
@@ -29,26 +27,22 @@ SAME = [
     "resumed at stage 0",
     "loaded",
 ]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 Results = tuple[Path, dict[str, Any]]
 
 
-def _play(out: Path, other: str, repo: Path, *launcher: str) -> Results:
-    command = [sys.executable, *launcher, "-m", "tests.integration.stage3_scenes", str(out), other]
-    env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+def _play(out: Path, other: str, repo: Path, num_ranks: int) -> Results:
+    play_scenes("stage3_scenes", num_ranks, out, repo, other, timeout_s=600)
     return out, json.loads((out / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory, repo_dir: Path) -> Results:
-    return _play(tmp_path_factory.mktemp("one"), "-", repo_dir)
+    return _play(tmp_path_factory.mktemp("one"), "-", repo_dir, 1)
 
 
 @pytest.fixture(scope="module")
 def two(one: Results, tmp_path_factory: pytest.TempPathFactory, repo_dir: Path) -> Results:
-    return _play(tmp_path_factory.mktemp("two"), str(one[0]), repo_dir, *TORCHRUN)
+    return _play(tmp_path_factory.mktemp("two"), str(one[0]), repo_dir, 2)
 
 
 def _weights(results: Results, scene: str) -> dict[str, torch.Tensor]:
