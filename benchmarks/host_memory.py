@@ -38,14 +38,23 @@ class MachineWatch:
     """From outside of the measured processes: by how much the machine's used memory rises above where it was.
 
     A library may keep host memory that no process's resident size shows (memory that a driver allocates); this sees it.
-    Give ``limit_bytes`` and ``pids`` to end the processes when together they are larger.
+    Give ``limit_bytes`` and ``pids`` to end the processes when together they are larger. What the machine as a whole
+    gained counts too, for memory that nobody owns up to, unless ``is_alone`` is false: others use the machine as well.
     """
 
-    def __init__(self, pids: list[int] | None = None, limit_bytes: float | None = None, every_s: float = 0.1) -> None:
+    def __init__(
+        self,
+        pids: list[int] | None = None,
+        limit_bytes: float | None = None,
+        every_s: float = 0.1,
+        *,
+        is_alone: bool = True,
+    ) -> None:
         self.most_used = self.most_resident = 0
         self.ended_them = False
         self._pids = pids or []
         self._limit = limit_bytes
+        self._is_alone = is_alone
         self._every_s = every_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -74,8 +83,6 @@ class MachineWatch:
             time.sleep(self._every_s)
 
     def _resident(self) -> int:
-        """Of the watched processes; what the machine as a whole gained counts too, for memory nobody owns up to: with a
-        limit, nothing else must run on the machine."""
         total = 0
         for pid in self._pids:
             try:
@@ -83,4 +90,4 @@ class MachineWatch:
             except psutil.Error:
                 continue
         self.most_resident = max(self.most_resident, total)
-        return max(total, self.most_used if self._limit is not None else 0)
+        return max(total, self.most_used) if self._is_alone else total

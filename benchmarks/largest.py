@@ -12,7 +12,7 @@ is a line in --out at once: a call that is cut short has lost one try. Called ag
 Weights are made in half precision, except the plain Trainer's, which are its masters. A try is three steps: it succeeds
 if they end with a loss. It fails when the device or the host is full, and also when it takes longer than --timeout.
 --host-gib ends a try that holds more host memory, before the system does; --gpu-gib lets a process use no more GPU
-memory than that.
+memory than that. --shared says that other work runs on the machine: host memory is then that of the processes alone.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--gpu-gib", type=float)
     parser.add_argument("--host-gib", type=float)
+    parser.add_argument("--shared", action="store_true", help="others use the machine too: count the processes' memory")
     parser.add_argument("--peer-path", default="")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one try, loading included")
     parser.add_argument("--budget", type=float, default=10**6, help="start no try after this many seconds")
@@ -123,7 +124,7 @@ def main() -> None:
     rungs = ladder(args.start, args.ratio, args.most)
     outcomes = read_outcomes(args.out, search)
     open_engines = args.engines.split(",")
-    around = Surroundings(args.out.with_suffix(".log"), args.peer_path, host_gib=args.host_gib)
+    around = Surroundings(args.out.with_suffix(".log"), args.peer_path, host_gib=args.host_gib, is_alone=not args.shared)
     with appending(args.out) as keep, Pool(around, args.timeout) as pool:
         limits = measure_limits()
         if limits is not None:

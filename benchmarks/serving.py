@@ -54,6 +54,8 @@ class Surroundings(NamedTuple):
     """Where extensions are compiled to; the first process that compiles finds it empty."""
     host_gib: float | None = None
     """End the processes when they hold more host memory than this."""
+    is_alone: bool = True
+    """Nothing else runs on the machine, so that all the host memory it loses is the processes'."""
     script: Path = CELL
     """What serves: it takes --engine and --serve, says READY, and answers a line of JSON with RESULT."""
 
@@ -185,7 +187,8 @@ class Serving:
         A job in turns gives ``{"waits": True}``: run ``GO`` for the next turn. The last turn's answer is the result.
         """
         limit = self._around.host_gib * 2**30 if self._around.host_gib else None
-        with MachineWatch([process.pid for process in self._processes], limit) as watch:
+        pids = [process.pid for process in self._processes]
+        with MachineWatch(pids, limit, is_alone=self._around.is_alone) as watch:
             try:
                 for process in self._processes:
                     assert process.stdin is not None
@@ -194,7 +197,7 @@ class Serving:
             except BrokenPipeError:
                 return {"failed": "ended before the cell began"}
             lines = self.read("RESULT ", timeout)
-        used = {"machine_used_bytes": watch.most_used}
+        used = {"machine_used_bytes": watch.most_used} if self._around.is_alone else {}
         if watch.ended_them:
             own = f"its processes held {watch.most_resident / 2**30:.1f}"
             return {"failed": f"needs more than {self._around.host_gib:g} GiB of host memory ({own})", **used}

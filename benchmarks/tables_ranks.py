@@ -129,7 +129,7 @@ def common(raw: Raw, device: str) -> list[str]:
         size = f"{ours['num_parameters'] / 1e9:.2f} B ({layers})"
         speeds = [f"{one['tokens_per_s']:.0f}" for one in (ours, theirs)]
         peaks = [f"{one.get('peak_allocated_whole_run', 0) / GIB:.1f}" for one in (ours, theirs)]
-        hosts = [f"{(one.get('machine_used_bytes') or 0) / one['num_parameters']:.1f}" for one in (ours, theirs)]
+        hosts = [f"{(one.get('machine_used_bytes') or one.get('rss_peak_bytes') or 0) / one['num_parameters']:.1f}" for one in (ours, theirs)]
         ratio = f"{ours['tokens_per_s'] / theirs['tokens_per_s']:.2f}"
         rows.append([label, size, *speeds, ratio, " / ".join(peaks), " / ".join(hosts)])
     heads = ["search", "size (layers)", "ours tokens/s", "DeepSpeed tokens/s", "ours / DeepSpeed"]
