@@ -4,7 +4,6 @@ plain           the Trainer with --fp16 or --bf16: autocast, fp32 weights and st
 compute         forward and backward alone, in half precision: the GPU's share of a step (compute.py)
 ours            configs/zero2_offload.json, or the cell's config=NAME
 ours-host       the same, updated by the host's cores
-ours-streamed   the same with "step_on": "device", which several ranks with offloaded weights do only when asked
 ours-device     the same without any offload
 ours-auto       the same with ratio "auto" and the cell's budget=GIB
 ours-z3         configs/zero3_offload.json
@@ -21,7 +20,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "zero2_offload"
-STEP_ON = {"ours-host": "host", "ours-streamed": "device"}
 PEERS = ("deepspeed", "torchao")
 """Libraries that are found through --peer-path alone."""
 
@@ -30,7 +28,6 @@ ENGINES = (
     "compute",
     "ours",
     "ours-host",
-    "ours-streamed",
     "ours-device",
     "ours-auto",
     "ours-z3",
@@ -67,8 +64,8 @@ def engine_config(
         zero.pop("offload_optimizer", None)
         zero.pop("offload_param", None)
     offload = zero.get("offload_optimizer", {})
-    if engine in STEP_ON:
-        offload["step_on"] = STEP_ON[engine]
+    if engine == "ours-host":
+        offload["step_on"] = "host"
     if engine == "ours-auto":
         offload["ratio"] = "auto"
         if budget_gib is not None:

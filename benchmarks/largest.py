@@ -113,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host-gib", type=float)
     parser.add_argument("--shared", action="store_true", help="others use the machine too: count the processes' memory")
     parser.add_argument("--peer-path", default="")
+    parser.add_argument("--extensions", type=Path, help="keep what DeepSpeed compiles here, for further runs")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one try, loading included")
     parser.add_argument("--budget", type=float, default=10**6, help="start no try after this many seconds")
     return parser
@@ -124,7 +125,13 @@ def main() -> None:
     rungs = ladder(args.start, args.ratio, args.most)
     outcomes = read_outcomes(args.out, search)
     open_engines = args.engines.split(",")
-    around = Surroundings(args.out.with_suffix(".log"), args.peer_path, host_gib=args.host_gib, is_alone=not args.shared)
+    around = Surroundings(
+        args.out.with_suffix(".log"),
+        args.peer_path,
+        cache=args.extensions,
+        host_gib=args.host_gib,
+        is_alone=not args.shared,
+    )
     with appending(args.out) as keep, Pool(around, args.timeout) as pool:
         limits = measure_limits()
         if limits is not None:

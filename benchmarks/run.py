@@ -148,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cells", nargs="+", default=["t5-base:fp16:1,8,64,256"])
     parser.add_argument("--num-gpus", type=int, default=1, help="for cells without gpus=")
     parser.add_argument("--peer-path", default="", help="where deepspeed and torchao are installed")
+    parser.add_argument("--extensions", type=Path, help="keep what DeepSpeed compiles here, for further runs")
     parser.add_argument("--timeout", type=float, default=60, help="seconds for one cell")
     parser.add_argument("--first-timeout", type=float, default=180, help="seconds to load, and for the first cell")
     parser.add_argument(
@@ -165,7 +166,9 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     start = time.time()
-    around = Surroundings(args.out.with_suffix(".log"), args.peer_path, tuple(passed_on), host_gib=args.host_gib)
+    around = Surroundings(
+        args.out.with_suffix(".log"), args.peer_path, tuple(passed_on), args.extensions, host_gib=args.host_gib
+    )
     with appending(args.out) as keep, Pool(around, args.first_timeout) as pool:
 
         def record(number: int, name: str, job: dict[str, Any], result: dict[str, Any]) -> None:

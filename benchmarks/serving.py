@@ -51,7 +51,7 @@ class Surroundings(NamedTuple):
     passed_on: tuple[str, ...] = ()
     """Further options for cell.py."""
     cache: Path | None = None
-    """Where extensions are compiled to; the first process that compiles finds it empty."""
+    """Where extensions are compiled to and found again; of a run's own if None, and then empty at first."""
     host_gib: float | None = None
     """End the processes when they hold more host memory than this."""
     is_alone: bool = True
@@ -256,7 +256,8 @@ class Pool:
         self._serving: dict[tuple[str, str | None, int], Serving] = {}
         self._absent: dict[str, str] = {}
         """Engines that did not even load, and why: they are not tried again."""
-        self._caches: list[Path] = []
+        self._caches = [around.cache] if around.cache is not None else []
+        self._own_caches: list[Path] = []
 
     def __enter__(self) -> Pool:
         return self
@@ -264,11 +265,12 @@ class Pool:
     def __exit__(self, *_: Any) -> None:
         for serving in self._serving.values():
             serving.stop()
-        for cache in self._caches:
+        for cache in self._own_caches:
             shutil.rmtree(cache, ignore_errors=True)
 
     def _new_cache(self) -> Path:
-        self._caches.append(Path(tempfile.mkdtemp(prefix="bench-extensions-")))
+        self._own_caches.append(Path(tempfile.mkdtemp(prefix="bench-extensions-")))
+        self._caches.append(self._own_caches[-1])
         return self._caches[-1]
 
     def run(self, engine: str, job: dict[str, Any], timeout: float) -> dict[str, Any]:

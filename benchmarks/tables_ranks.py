@@ -123,13 +123,18 @@ def common_sizes(raw: Raw, device: str) -> list[tuple[str, int, Record, Record]]
     return found
 
 
+def _host_bytes(record: Record) -> int:
+    """What the machine had less of, or, where others used it too, what the process held at its peak."""
+    return record.get("machine_used_bytes") or record.get("rss_peak_bytes") or 0
+
+
 def common(raw: Raw, device: str) -> list[str]:
     rows = []
     for label, layers, ours, theirs in common_sizes(raw, device):
         size = f"{ours['num_parameters'] / 1e9:.2f} B ({layers})"
         speeds = [f"{one['tokens_per_s']:.0f}" for one in (ours, theirs)]
         peaks = [f"{one.get('peak_allocated_whole_run', 0) / GIB:.1f}" for one in (ours, theirs)]
-        hosts = [f"{(one.get('machine_used_bytes') or one.get('rss_peak_bytes') or 0) / one['num_parameters']:.1f}" for one in (ours, theirs)]
+        hosts = [f"{_host_bytes(one) / one['num_parameters']:.1f}" for one in (ours, theirs)]
         ratio = f"{ours['tokens_per_s'] / theirs['tokens_per_s']:.2f}"
         rows.append([label, size, *speeds, ratio, " / ".join(peaks), " / ".join(hosts)])
     heads = ["search", "size (layers)", "ours tokens/s", "DeepSpeed tokens/s", "ours / DeepSpeed"]

@@ -4,8 +4,8 @@ A piece of the states is uploaded into a buffer on the device, updated there, an
 
     backward          pieces 0, 1, 2 ... are uploaded: states do not depend on gradients
     step              they are updated
-    launch_rest       they are downloaded, and the others follow, in the order of the forward pass, through the two
-                      buffers that slots own: while one slot uploads, the other downloads
+    launch_rest       they are downloaded, one after the other; buffers that become empty bring the other pieces up,
+                      which are updated and downloaded in their turn
     next forward      waits per bucket, on the device; downloads end meanwhile
 
 PCIe carries both directions at once, so a parameter costs 12 bytes of one direction (Adam); on a x16 gen5 link that is
@@ -16,8 +16,10 @@ half precision, ahead of the states, and gradients that rest on the host come up
 How much is staged ahead decides how soon the next forward pass finds new weights. As the backward pass goes on it frees
 activations, and staging takes that memory: never more than the device held when the pass began, and no more than half
 of the states, since the other half is needed later than it takes to bring it. A buffer is dropped when the host has
-seen its download over: the compute stream may use it without waiting. What is still on its way down when the next pass
-begins comes on top of that pass's own peak, and is the first to be filled again.
+seen its download over: the compute stream may use it without waiting. What is still on its way down at the end of the
+next forward pass comes on top of that pass's own peak, and is the first to be filled again. So buffers are filled anew
+only up to a share of that peak (``HELD_SHARE``), and on a device that is nearly full (``FULL_SHARE``) no more than two
+are staged. New weights are all there once the link has brought down what the device may not hold.
 
 Downloads are cut, with a tiny kernel between the cuts. The copy engine serves what one stream has queued to its end
 before it looks at another stream, unless that one must wait for something: without the kernels, a ``tensor.item()``
@@ -32,15 +34,16 @@ Source of the idea of streaming states through the device: Deep Optimizer States
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_zero_plugin.engine.buckets import Piece
+from hf_zero_plugin.engine.device_memory import allocated_bytes, capacity_bytes
+from hf_zero_plugin.engine.leaving import LeavingBuffers
 from hf_zero_plugin.engine.master_weights import Context, Home, StepInputs
 from hf_zero_plugin.engine.pinned import PinnedArena
 
@@ -53,16 +56,19 @@ DOWNLOAD_BYTES = 72 * 2**20
 """Between two chances for other streams' copies: a millisecond and a half."""
 
 
-class _Leaving(NamedTuple):
-    """A buffer that copies may still read, and when they are over."""
+FULL_SHARE = 0.9
+"""Of the device: what activations and staged buffers may take together. The rest is for what the former need at their
+peak, between two looks, and for gaps in the allocator's memory."""
 
-    buffer: Tensor
-    downloaded: torch.cuda.Event
+
+HELD_SHARE = 0.2
+"""Of what the device holds when a backward pass begins: buffers that may be on the device during the next forward pass
+for as long as that takes. With none, a forward pass would wait until nearly all states have gone down."""
 
 
 class StreamedHome(Home):
-    """See the module. Piece i belongs to slot i modulo ``num_slots``, whose stream does all that happens to it but for
-    the download of what was staged ahead."""
+    """See the module. Piece i belongs to slot i modulo ``num_slots``, whose stream uploads and updates it; one stream
+    downloads them all, in their order."""
 
     def __init__(
         self, context: Context, pieces: Sequence[Piece], *, pin_memory: bool = True, num_slots: int = 2
@@ -87,11 +93,13 @@ class StreamedHome(Home):
         self._tick = torch.zeros(1, device=context.device)
         self._staged: dict[int, Tensor] = {}
         """Buffers of pieces 0, 1, ... that are on the device, or on their way there."""
-        self._leaving: deque[_Leaving] = deque()
-        self._returned: torch.cuda.Event | None = None
-        """After it, what was staged ahead of the last step is back in host memory."""
-        self._ceiling = self._peak_staging = 0
+        self._leaving = LeavingBuffers()
+        self._capacity = int(FULL_SHARE * capacity_bytes(context.device))
+        self._ceiling = self._most_staged = self._most_held = self._peak_staging = 0
         self._done: dict[int, list[torch.cuda.Event]] = {}
+        self._updated: dict[int, torch.cuda.Event] = {}
+        self._returned: dict[int, torch.cuda.Event] = {}
+        """By piece: after it, its states of the last step are back in host memory."""
         self._alive: Any = None
         self._rest: tuple[StepInputs, Tensor] | None = None
         """What ``launch_rest`` has still to do, and with what."""
@@ -108,63 +116,65 @@ class StreamedHome(Home):
 
     def start_backward(self) -> None:
         self._compute = torch.cuda.current_stream(self.context.device)
-        self._reap()
+        self._leaving.reap()
         # Buffers on their way down are no activations: counted here, they would let this pass stage as much on top of
         # what it stages anyway, and the next one more again.
-        self._ceiling = _allocated_bytes(self.context.device) - sum(one.buffer.numel() for one in self._leaving)
+        self._ceiling = allocated_bytes(self.context.device) - self._leaving.num_bytes
+        self._most_staged = self._capacity - self._ceiling
+        self._most_held = int(HELD_SHARE * self._ceiling)
 
     def prefetch(self) -> None:
         """Stage what fits now. Runs on autograd's thread, between two operations of the backward pass."""
         if len(self._staged) >= self._max_ahead:
             return
-        self._reap()
+        self._leaving.reap()
         compute, before = self._compute, torch.cuda.current_stream(self.context.device)
-        room = self._ceiling - _allocated_bytes(self.context.device)
+        room = self._ceiling - allocated_bytes(self.context.device)
+        staged = sum(buffer.numel() for buffer in self._staged.values())
         try:
             torch.cuda.set_stream(compute)  # whose memory it is
             fresh: dict[int, Tensor] = {}
-            leaving = self._leaving.copy()
+            leaving, empty = self._leaving.copy(), dict[int, torch.cuda.Event]()
             for index in range(len(self._staged), self._max_ahead):
                 is_slots_own = index < len(self._slots)
                 num_bytes = self._bytes_each * (self._longest if is_slots_own else self.pieces[index].numel)
-                buffer = self._take_leaving(leaving, num_bytes)
-                if buffer is None:
-                    room -= num_bytes
-                    if room < 0 and not is_slots_own:
-                        break
-                    buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self.context.device)
-                fresh[index] = buffer
+                staged += num_bytes
+                if staged > self._most_staged and not is_slots_own:
+                    break
+                if (one := leaving.take_closest(num_bytes)) is not None:
+                    fresh[index], empty[index] = one
+                    continue
+                room -= num_bytes
+                if room < 0 and not is_slots_own:
+                    break
+                fresh[index] = torch.empty(num_bytes, dtype=torch.uint8, device=self.context.device)
             self._leaving = leaving  # not before all of the memory is there
-            self._stage(fresh)
+            self._stage(fresh, empty)
         finally:
             torch.cuda.set_stream(before)
-        there = sum(b.numel() for b in [*self._staged.values(), *(one.buffer for one in self._leaving)])
+        there = sum(buffer.numel() for buffer in self._staged.values()) + self._leaving.num_bytes
         self._peak_staging = max(self._peak_staging, 4 * self._longest * len(self._slots) + there)
 
-    def _take_leaving(self, leaving: deque[_Leaving], num_bytes: int) -> Tensor | None:
-        """A buffer of this size that is on its way down: what is uploaded from now on waits for that."""
-        for position, one in enumerate(leaving):
-            if one.buffer.numel() == num_bytes:
-                del leaving[position]
-                for slot in self._slots:
-                    slot.wait_event(one.downloaded)
-                return one.buffer
-        return None
-
-    def _stage(self, fresh: dict[int, Tensor]) -> None:
+    def _stage(self, fresh: dict[int, Tensor], empty: dict[int, torch.cuda.Event]) -> None:
+        """Upload into ``fresh``, by piece; buffers that were downloaded from are empty after an event."""
         if not fresh:
             return
         # Whoever had this memory before has used it on the compute stream, up to here.
         free = self._compute.record_event()
-        for number, slot in enumerate(self._slots):
+        for slot in self._slots:
             slot.wait_event(free)
-            if self._returned is not None:
-                slot.wait_event(self._returned)
-            torch.cuda.set_stream(slot)
-            for index, buffer in fresh.items():
-                if index % len(self._slots) == number:
-                    self._upload(index, buffer)
+        for index, buffer in fresh.items():
+            self._bring(index, buffer, empty.get(index))
         self._staged.update(fresh)
+
+    def _bring(self, index: int, buffer: Tensor, empty: torch.cuda.Event | None) -> None:
+        """Upload a piece on its slot's stream, which becomes the current one."""
+        slot = self._slots[index % len(self._slots)]
+        torch.cuda.set_stream(slot)
+        for event in (empty, self._returned.get(index)):
+            if event is not None:
+                slot.wait_event(event)
+        self._upload(index, buffer)
 
     def _count_ahead(self) -> int:
         """How many pieces may be staged during a backward pass."""
@@ -202,7 +212,7 @@ class StreamedHome(Home):
         try:
             for index in range(len(self._staged)):
                 torch.cuda.set_stream(self._slots[index % len(self._slots)])
-                self._update(index, self._staged[index], inputs, number)
+                self._finish(index, self._staged[index], inputs, number)
         finally:
             torch.cuda.set_stream(compute)
         self._rest = inputs, number
@@ -223,32 +233,36 @@ class StreamedHome(Home):
             self.timeline.end_flight(started, list(self._done.values()))
 
     def _launch(self, inputs: StepInputs, number: Tensor) -> None:
-        num_slots = len(self._slots)
-        buffers = [self._staged[index] for index in range(num_slots)]
-        num_staged = len(self._staged)
-        self._return_staged(num_slots, num_staged)
-        for index in range(num_slots):
-            torch.cuda.set_stream(self._slots[index])
-            self._download(index, buffers[index])
-        for index in range(num_staged, len(self.pieces)):
-            which = index % num_slots
-            torch.cuda.set_stream(self._slots[which])
-            self._upload(index, buffers[which])
-            self._update(index, buffers[which], inputs, number)
-            self._download(index, buffers[which])
-        for slot, buffer in zip(self._slots, buffers):
-            self._leaving.append(_Leaving(buffer, slot.record_event()))
+        num_staged, held, kept = len(self._staged), 0, set[int]()
+        for index, buffer in self._staged.items():
+            self._return(index, buffer)
+            held += buffer.numel()
+            if index < len(self._slots) or held <= self._most_held:
+                kept.add(id(buffer))
         self._staged.clear()
+        for index in range(num_staged, len(self.pieces)):
+            one = self._leaving.take_first(self._bytes_each * self.pieces[index].numel, kept)
+            assert one is not None  # the two that slots begin with hold any piece
+            self._bring(index, *one)
+            self._finish(index, one.buffer, inputs, number)
+            self._return(index, one.buffer)
 
-    def _return_staged(self, start: int, end: int) -> None:
-        """Download pieces [start, end), staged ahead, beside what the slots do."""
+    def _return(self, index: int, buffer: Tensor) -> None:
+        """Download a piece once it is updated; its buffer leaves."""
         torch.cuda.set_stream(self._returns)
-        for slot in self._slots:
-            self._returns.wait_event(slot.record_event())
-        for index in range(start, end):
-            self._download(index, self._staged[index])
-            self._leaving.append(_Leaving(self._staged[index], self._returns.record_event()))
-        self._returned = self._returns.record_event()
+        self._returns.wait_event(self._updated[index])
+        self._download(index, buffer)
+        self._returned[index] = self._returns.record_event()
+        self._leaving.add(buffer, self._returned[index])
+
+    def _finish(self, index: int, buffer: Tensor, inputs: StepInputs, number: Tensor) -> None:
+        """Update a piece on its slot's stream, which is the current one, and say so to those who wait for it."""
+        bucket = self.pieces[index].bucket
+        self._update(index, buffer, inputs, number)
+        self._updated[index] = self._slots[index % len(self._slots)].record_event()
+        self._done.setdefault(bucket, []).append(self._updated[index])
+        if not self.context.is_alone and self.last_piece_of_bucket[bucket] == index:
+            self._gather(bucket)
 
     def _update(self, index: int, buffer: Tensor, inputs: StepInputs, number: Tensor) -> None:
         piece = self.pieces[index]
@@ -269,9 +283,6 @@ class StreamedHome(Home):
             weight.copy_(master.to(weight.dtype, copy=True), non_blocking=True)
             self._tick.zero_()
         self.context.clear_grad(piece)
-        self._done.setdefault(piece.bucket, []).append(self._slots[index % len(self._slots)].record_event())
-        if not self.context.is_alone and self.last_piece_of_bucket[piece.bucket] == index:
-            self._gather(piece.bucket)
 
     def _download(self, index: int, buffer: Tensor) -> None:
         image = buffer[: self._slabs[index].numel()]
@@ -289,7 +300,7 @@ class StreamedHome(Home):
     # ---------------------------------------------------------------- after the step
 
     def wait(self, bucket: int) -> None:
-        self._reap()
+        self._leaving.reap()
         current = torch.cuda.current_stream(self.context.device)
         # The compute stream too, if the memory of gradients is its own and free for it from here on.
         streams = (current, self._compute) if self.context.grads.frees_when_released else (current,)
@@ -297,16 +308,11 @@ class StreamedHome(Home):
             for event in self._done.get(bucket, ()):
                 stream.wait_event(event)
 
-    def _reap(self) -> None:
-        """Drop buffers whose downloads are over."""
-        while self._leaving and self._leaving[0].downloaded.query():
-            self._leaving.popleft()
-
     def synchronize(self) -> None:
         self.launch_rest()
         for stream in (*self._slots, self._returns, self._gathers):
             stream.synchronize()
-        self._reap()
+        self._leaving.reap()
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         names = ("master", *self.context.rule.state_names)
@@ -343,8 +349,3 @@ class StreamedHome(Home):
     @property
     def is_on_host(self) -> bool:
         return True
-
-
-def _allocated_bytes(device: torch.device) -> int:
-    """``torch.cuda.memory_allocated`` without sorting a hundred other numbers: it is asked a dozen times a step."""
-    return int(torch._C._cuda_memoryStats(device.index)["allocated_bytes"]["all"]["current"])

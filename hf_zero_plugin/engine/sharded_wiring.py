@@ -6,8 +6,9 @@
     1      device       device                    LoneGrads          as at stage 2
     1      host         device, or host if large  LoneGrads          device, or host and streamed through the device
     1      host         host                      LoneGrads          host, "step_on": "host": a host thread
-    N      either       where weights are         ShardedGrads       where weights are
-    N      host         device                    ShardedGrads       as for 1, with "step_on": "device"
+    N      device       device                    ShardedGrads       as for 1
+    N      host         device, if small enough   ShardedGrads       device, or host and streamed through the device
+    N      host         host                      ShardedGrads       host, otherwise or with "step_on": "host"
     any    either       where weights are         either             NVMe, "device": "nvme": host cores
 
 Whole parameters, which are small, go the way of stage 1 with states on the device.
@@ -27,6 +28,7 @@ from hf_zero_plugin.config.settings import EngineSettings
 from hf_zero_plugin.engine import assembly, initial_values, state_homes
 from hf_zero_plugin.engine.buckets import BucketLayout, Piece, Slot, cut_pieces, cut_whole_parameters
 from hf_zero_plugin.engine.client_home import ClientHome
+from hf_zero_plugin.engine.device_memory import capacity_bytes
 from hf_zero_plugin.engine.flat import FlatWeights
 from hf_zero_plugin.engine.gradients import ReduceOptions
 from hf_zero_plugin.engine.lone_grads import LoneGrads
@@ -170,9 +172,7 @@ def _grad_bytes(settings: EngineSettings, flats: Sequence[Tensor]) -> int:
 
 
 def _fits_device(num_bytes: int, device: torch.device) -> bool:
-    total = torch.cuda.get_device_properties(device).total_memory
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
-    return num_bytes <= DEVICE_SHARE * fraction * total
+    return num_bytes <= DEVICE_SHARE * capacity_bytes(device)
 
 
 def _streams(
@@ -185,7 +185,7 @@ def _streams(
 ) -> bool:
     """Whether offloaded weights are updated on the device, which their states live on or pass through.
 
-    With several ranks that is done when it is asked for, and when the gradients of a rank's part fit there.
+    With several ranks that is so if the gradients of a rank's part fit there.
     """
     can = (
         home != parts.device
@@ -198,7 +198,7 @@ def _streams(
     )
     if parts.sharding.world_size == 1 or not can:
         return can
-    return settings.offload_optimizer.step_on == "device" and _fits_device(_grad_bytes(settings, flats), parts.device)
+    return _fits_device(_grad_bytes(settings, flats), parts.device)
 
 
 def _make_homes(
@@ -258,9 +258,9 @@ def _tell_what_does_not_apply(parts: Assembly, settings: EngineSettings) -> None
         return
     asked = {"ratio": offload.ratio != 1.0, "step_on": offload.step_on == "device"}
     if names := [name for name, is_asked in asked.items() if is_asked]:
-        why = 'with offload_param that is so if "step_on" is "host", and on several ranks unless "step_on" is "device"'
-        if offload.step_on == "device":
-            why = "a rank's gradients take more than a quarter of its GPU, or the optimizer's states cannot be streamed"
+        why = "a rank's gradients take more than a quarter of its GPU, or the optimizer's states cannot be streamed"
+        if offload.step_on == "host":
+            why = 'with offload_param and "step_on": "host" that is so'
         logger.warning(
             "$.zero_optimization.offload_optimizer.%s: no effect here. All optimizer states are in host memory and are "
             "updated by host cores: %s.",

@@ -5,7 +5,6 @@ The CPU stands in for the GPU; ``races.py`` holds every access to memory against
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from hf_zero_plugin.config.settings import (
 )
 from hf_zero_plugin.engine import assembly, offload_stream, state_homes
 from hf_zero_plugin.engine.engine import ZeroEngine
+from hf_zero_plugin.engine.leaving import LeavingBuffer, LeavingBuffers
 from hf_zero_plugin.engine.offload_stream import StreamedHome
 
 from .races import RaceDetector
@@ -68,7 +68,8 @@ def _stream_on_the_cpu(monkeypatch: pytest.MonkeyPatch, *, room: bool) -> None:
         return StreamedHome(context, pieces, pin_memory=False)
 
     monkeypatch.setattr(state_homes, "HostHome", home)
-    monkeypatch.setattr(offload_stream, "_allocated_bytes", Room(room))
+    monkeypatch.setattr(offload_stream, "allocated_bytes", Room(room))
+    monkeypatch.setattr(offload_stream, "capacity_bytes", lambda _: 2 * 10**15)
 
 
 def _homes(engine: ZeroEngine) -> list[StreamedHome]:
@@ -205,9 +206,9 @@ def test_buffers_on_their_way_down_make_no_room_for_more(monkeypatch: pytest.Mon
         engine = _watched(detector, _engine("bf16", "cpu"))
         (home,) = _homes(engine)
         _train(engine, 2)
-        leaving = sum(one.buffer.numel() for one in home._leaving)
+        leaving = home._leaving.num_bytes
         assert leaving > 0
-        monkeypatch.setattr(offload_stream, "_allocated_bytes", lambda _: 5000 + leaving)
+        monkeypatch.setattr(offload_stream, "allocated_bytes", lambda _: 5000 + leaving)
         home.start_backward()
         assert home._ceiling == 5000
         engine.destroy()
@@ -232,19 +233,59 @@ def _without_waiting_for_the_update(home: StreamedHome, bucket: int) -> None:
     return None
 
 
-def _at_once(home: StreamedHome, leaving: deque[Any], num_bytes: int) -> Tensor | None:
+def _stage_all(home: StreamedHome) -> None:
+    home._max_ahead = len(home.pieces)
+
+
+@pytest.mark.parametrize("change", ["all are staged", "none is held", "the device is full"])
+def test_other_amounts_of_memory_are_ordered_too(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = _train(_engine("bf16", "none"))
+    _stream_on_the_cpu(monkeypatch, room=True)
+    if change == "none is held":
+        monkeypatch.setattr(offload_stream, "HELD_SHARE", 0)
+    if change == "the device is full":
+        monkeypatch.setattr(offload_stream, "capacity_bytes", lambda _: 10**15)
+    with RaceDetector(sees_ends=False) as detector:
+        engine = _watched(detector, _engine("bf16", "cpu"))
+        (home,) = _homes(engine)
+        if change == "all are staged":
+            _stage_all(home)
+        found = _train(engine)
+        least = home._longest * (4 + home._bytes_each) * 2
+        engine.destroy()
+    assert detector.races == []
+    assert (home.staging_bytes == least) == (change == "the device is full")
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+class Always:
+    """An event that has always been."""
+
+    def __init__(self) -> None:
+        self.clock: dict[str, int] = {}
+
+    def query(self) -> bool:
+        return False
+
+
+def _at_once(leaving: LeavingBuffers, num_bytes: int, among: set[int] | None = None) -> LeavingBuffer | None:
     """The last one that fits, without waiting."""
-    for position in reversed(range(len(leaving))):
-        if leaving[position].buffer.numel() == num_bytes:
-            buffer: Tensor = leaving[position].buffer
-            del leaving[position]
-            return buffer
-    return None
+    fits = [one.numel() >= num_bytes and (among is None or id(one) in among) for one in leaving.buffers]
+    at = max((at for at, it_fits in enumerate(fits) if it_fits), default=None)
+    one = leaving._take([at] if at is not None else [])
+    return one._replace(downloaded=Always()) if one is not None else None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "missing",
-    ["the forward pass waits", "staged states have left", "slots wait for gradients", "buffers are empty again"],
+    [
+        "the forward pass waits",
+        "staged states have left",
+        "slots wait for gradients",
+        "states are new before they leave",
+        "take_first",
+        "take_closest",
+    ],
 )
 def test_a_missing_wait_is_found(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the detector is worth: each wait of the engine, taken away, is a race."""
@@ -257,16 +298,21 @@ def test_a_missing_wait_is_found(missing: str, monkeypatch: pytest.MonkeyPatch) 
             for slot in _homes(engine)[0]._slots:
                 slot.wait_event = lambda event: None  # type: ignore[method-assign]
         if missing == "staged states have left":
-            after = StreamedHome._return_staged
+            after = StreamedHome._return
 
-            def forget(self: StreamedHome, start: int, end: int) -> None:
-                after(self, start, end)
-                self._returned = None
+            def forget(self: StreamedHome, index: int, buffer: Tensor) -> None:
+                after(self, index, buffer)
+                del self._returned[index]
 
-            monkeypatch.setattr(StreamedHome, "_return_staged", forget)
-            monkeypatch.setattr(StreamedHome, "_take_leaving", lambda *_: None)  # which would wait as well
-        if missing == "buffers are empty again":
-            monkeypatch.setattr(StreamedHome, "_take_leaving", _at_once)
+            monkeypatch.setattr(StreamedHome, "_return", forget)
+            # Whoever is given a buffer that was downloaded from waits as well.
+            monkeypatch.setattr(LeavingBuffers, "take_closest", lambda *_: None)
+            _stage_all(_homes(engine)[0])
+        if missing == "states are new before they leave":
+            home = _homes(engine)[0]
+            home._returns.wait_event = lambda event: None  # type: ignore[method-assign]
+        if missing in ("take_first", "take_closest"):
+            monkeypatch.setattr(LeavingBuffers, missing, _at_once)
         _train(engine)
     assert detector.races
 
@@ -278,7 +324,7 @@ def test_a_full_device_loses_no_buffer_that_is_still_read(monkeypatch: pytest.Mo
         engine = _watched(detector, _engine("bf16", "cpu"))
         (home,) = _homes(engine)
         _train(engine, 1)
-        leaving = [id(one.buffer) for one in home._leaving]
+        leaving = [id(buffer) for buffer in home._leaving.buffers]
 
         def full(*_: Any, **__: Any) -> Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -289,7 +335,7 @@ def test_a_full_device_loses_no_buffer_that_is_still_read(monkeypatch: pytest.Mo
             patch.setattr(torch, "empty", full)
             with pytest.raises(torch.OutOfMemoryError):
                 home.prefetch()
-        assert [id(one.buffer) for one in home._leaving] == leaving and leaving
+        assert [id(buffer) for buffer in home._leaving.buffers] == leaving and leaving
         assert not home._staged
         home._max_ahead = home._count_ahead()
         _train(engine, 2)

@@ -16,7 +16,8 @@ from hf_zero_plugin.engine.sharded_wiring import _tell_what_does_not_apply
 @pytest.mark.parametrize(
     ("offload", "rank", "named"),
     [
-        ({"ratio": 0.5}, 0, 'offload_optimizer.ratio: no effect here. All .* unless "step_on" is "device"'),
+        ({"ratio": 0.5}, 0, "offload_optimizer.ratio: no effect here. All .* a quarter of its GPU"),
+        ({"ratio": 0.5, "step_on": "host"}, 0, 'offload_optimizer.ratio: no effect here. All .* "step_on": "host"'),
         ({"step_on": "device", "ratio": "auto"}, 0, "offload_optimizer.ratio and step_on: .* a quarter of its GPU"),
         ({"step_on": "host"}, 0, None),
         ({"ratio": 0.5}, 1, None),

@@ -33,12 +33,17 @@ CASES: dict[str, dict[str, Any]] = {
     "stage 3, states offloaded": {"states_on": "cpu", "whole": 25},
     "stage 3, states on host threads": {"states_on": "cpu", "offload": {"step_on": "host"}},
     "stage 3, weights offloaded": {"params_on": "cpu"},
-    "stage 3, both offloaded": {"params_on": "cpu", "states_on": "cpu", "whole": 25},
-    "stage 3, both streamed": {"params_on": "cpu", "states_on": "cpu", "whole": 25, "offload": {"step_on": "device"}},
+    "stage 3, both on host threads": {
+        "params_on": "cpu",
+        "states_on": "cpu",
+        "whole": 25,
+        "offload": {"step_on": "host"},
+    },
+    "stage 3, both streamed": {"params_on": "cpu", "states_on": "cpu", "whole": 25},
     "stage 3, both streamed in part": {
         "params_on": "cpu",
         "states_on": "cpu",
-        "offload": {"step_on": "device", "ratio": 0.5},
+        "offload": {"ratio": 0.5},
     },
     "stage 3, far prefetch": {"stage3": {"prefetch_bucket_size": 10**6, "max_live_parameters": 0}},
 }
