@@ -32,7 +32,8 @@ BOTH: dict[str, Any] = {"params_on": "cpu", "states_on": "cpu"}
 
 def _stream_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(state_homes, "HostHome", lambda context, pieces, **_: StreamedHome(context, pieces, pin_memory=False))
-    patch.setattr(offload_stream, "_allocated_bytes", Room(True))
+    patch.setattr(offload_stream, "allocated_bytes", Room(True))
+    patch.setattr(offload_stream, "capacity_bytes", lambda _: 2 * 10**15)
     patch.setattr(sharded_wiring, "_streams", lambda *_: True)
     patch.setattr(assembly, "BUCKET_NUMEL", 300)
 
