@@ -21,7 +21,10 @@ __all__ = ["TransientGrads"]
 
 
 class TransientGrads(GradientStore):
-    """Full buckets live from their first gradient to their reduction; only shards (S,) stay.
+    """Full buckets live from their first gradient to their reduction; only shards (S,) stay, in the type of the weights.
+
+    With ``accumulate_fp32`` shards widen at the first micro-step that is not the last, so runs without accumulation
+    never pay for it; they are that wide from the beginning if gradients travel in fp32.
 
     At most ``max_in_flight`` full buckets wait for their collective at a time, which bounds the memory above the
     shards at ``(max_in_flight + 1) * P`` elements.
@@ -33,13 +36,24 @@ class TransientGrads(GradientStore):
     def __init__(self, *args: Any, flats: Sequence[Tensor], accumulate_fp32: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._dtypes = [flat.dtype for flat in flats]
-        kinds = [torch.float32 if accumulate_fp32 else flat.dtype for flat in flats]
+        self._accumulate_fp32 = accumulate_fp32
         self._shards = [
-            flat.new_zeros(layout.shard_numel, dtype=kind) for layout, flat, kind in zip(self.layouts, flats, kinds)
+            flat.new_zeros(layout.shard_numel, dtype=self._first_type(layout, flat))
+            for layout, flat in zip(self.layouts, flats)
         ]
         self._full: dict[int, Tensor] = {}
         self._reducing: deque[tuple[BucketLayout, Tensor, Tensor, Any]] = deque()
         self.attach()
+
+    def _first_type(self, layout: BucketLayout, flat: Tensor) -> torch.dtype:
+        wire = self._wire_type(layout, flat)
+        return torch.promote_types(flat.dtype, wire) if self._accumulate_fp32 else flat.dtype
+
+    def begin_backward(self, *, boundary: bool) -> None:
+        super().begin_backward(boundary=boundary)
+        if not boundary and self._accumulate_fp32 and any(shard.dtype != torch.float32 for shard in self._shards):
+            self._shards = [shard.float() for shard in self._shards]
+            self._norm_views = None
 
     def _buffer(self, layout: BucketLayout) -> Tensor:
         if layout.index not in self._full:

@@ -177,6 +177,23 @@ def _memory(stage: int) -> Outcome:
     return {"full": full, "sizes": sizes, "kept": any(kept), "grad": {name: grad}, "moments": moments}
 
 
+def _widths() -> dict[str, list[float]]:
+    """Bytes of bf16 gradients an element of this rank's shards after each of three micro-steps, two of them summed."""
+    found = {}
+    for wire in (None, "fp32"):
+        engine = make_engine(Tiny(), stage=2, precision="bf16", communication_dtype=wire)
+        assert engine.parts.grads is not None
+        elements = sum(layout.shard_numel for layout in engine.parts.layouts)
+        sizes = []
+        for is_last in (True, False, True):
+            engine.set_gradient_accumulation_boundary(is_last)
+            engine.backward(loss_of(engine, batch(0, dist.get_rank()).bfloat16()))
+            sizes.append(engine.parts.grads.num_bytes / elements)
+            engine.step()
+        found[str(wire)] = sizes
+    return found
+
+
 def _overflow(stage: int, bad_rank: int) -> Outcome:
     rules = LossScaleSettings(initial_scale_power=1, hysteresis=1, min_scale=1.0)
     engine = make_engine(Tiny(), stage=stage, precision="fp16", loss_scale=rules)
@@ -241,6 +258,7 @@ def _everything() -> dict[Any, Any]:
     results["bf16 by hand"] = _half(_mean_in_bf16)
     results["bf16 on fp32 wire by hand"] = _half(_mean_on_fp32_wire)
     results["safe by hand"] = _safe_by_hand()
+    results["widths"] = _widths()
     for stage in (0, 1, 2):
         for name, modules in (("safe", SAFE), ("nothing safe", ())):
             options = {"stage": stage, "autocast": "bf16", "lower_precision_safe_modules": modules}
@@ -252,6 +270,8 @@ def _everything() -> dict[Any, Any]:
             micro = make_engine(Tiny(), gradient_clipping=0.0, gradient_accumulation_steps=2, **options)
             results["micro", stage, offload] = _train(micro, 2)
             results["bf16", stage, offload] = _train(make_engine(Tiny(), precision="bf16", **options))
+            summed = make_engine(Tiny(), precision="bf16", gradient_accumulation_steps=2, **options)
+            results["bf16 micro", stage, offload] = _train(summed, 2)
             results["uneven", stage, offload] = _uneven(stage, offload)
         wire = make_engine(Tiny(), stage=stage, precision="bf16", communication_dtype="fp32")
         results["fp32 wire", stage] = _train(wire)
@@ -457,6 +477,18 @@ def test_what_a_stage_keeps_in_memory(ranks: Ranks, stage: int) -> None:
         assert seen["sizes"] == [grads, grads]
         assert seen["kept"] == (stage < 2), "no parameter keeps a gradient of its own at stage 2"
         assert seen["moments"] == (2 * seen["full"] if stage == 0 else seen["full"])
+
+
+def test_shards_of_half_precision_gradients_widen_when_they_are_summed(ranks: Ranks) -> None:
+    for rank in ranks:
+        assert rank["widths"] == {"None": [2, 4, 4], "fp32": [4, 4, 4]}
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_sums_of_half_precision_gradients_lose_no_more_than_a_rounding_on_the_wire(ranks: Ranks, offload: str) -> None:
+    """Stage 1 sums in fp32 and rounds once for the wire, stage 2 rounds every micro-step for it, and sums in fp32."""
+    for stage in (0, 1, 2):
+        _close(ranks[0]["bf16 micro", stage, offload]["weights"], ranks[0]["bf16 micro", 0, "none"]["weights"], 2e-2)
 
 
 @STAGES
