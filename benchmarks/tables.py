@@ -167,15 +167,16 @@ def limit_terms(record: Record, gpu_ms: float) -> dict[str, float]:
 
 
 def limited_cells(raw: Raw, device: str) -> list[tuple[Cell, dict[str, float], float]]:
-    """Cells with a measured GPU time: its terms, and the step's mean by our engine."""
+    """Cells with a measured GPU time: its terms, and the step's mean by our engine, which a budget makes ours-auto."""
     found = []
     for cell in raw.cells(device):
-        if not cell.has("compute", "ours"):
+        engine = "ours-auto" if cell.has("ours-auto") else "ours"
+        if not cell.has("compute", engine):
             continue
         field = "gpu_busy_ms" if cell.values("compute", "gpu_busy_ms") else "step_ms_median"
         gpu_ms = statistics.median(cell.values("compute", field))
-        step = statistics.median(cell.values("ours", "step_ms_mean"))
-        found.append((cell, limit_terms(cell.records("ours")[0], gpu_ms), step))
+        step = statistics.median(cell.values(engine, "step_ms_mean"))
+        found.append((cell, limit_terms(cell.records(engine)[0], gpu_ms), step))
     return found
 
 
@@ -211,12 +212,14 @@ def variants(raw: Raw, device: str) -> list[str]:
         for name in names:
             both = Cell(cell.setting, cell.variant)
             both.runs["other"] = cell.runs[name]
-            if cell.setting in default:
-                both.runs["ours"] = default[cell.setting].runs["ours"]
+            for beside in ("ours", "deepspeed") if cell.setting in default else ():
+                both.runs[beside] = default[cell.setting].runs.get(beside, {})
             ratios = [spread(both.ratios("other", "ours", field)) for field in ("step_ms_median", "peak_allocated")]
+            theirs = spread(both.ratios("deepspeed", "other"))
             where = placed(cell.records(name)[-1])
-            rows.append([cell.label, name, step_ms(cell, name), ratios[0], gib(cell, name), ratios[1], where])
-    return table(["cell", "engine", "ms", "/ ours", "GiB", "/ ours", "masters and moments, GiB"], rows)
+            rows.append([cell.label, name, step_ms(cell, name), ratios[0], theirs, gib(cell, name), ratios[1], where])
+    heads = ["cell", "engine", "ms", "/ ours", "DeepSpeed / it", "GiB", "/ ours", "masters and moments, GiB"]
+    return table(heads, rows)
 
 
 def failures(raw: Raw, device: str) -> list[str]:

@@ -21,7 +21,7 @@ __all__ = ["TransientGrads"]
 
 
 class TransientGrads(GradientStore):
-    """Full buckets live from their first gradient to their reduction; only shards (S,) stay, in the type of the weights.
+    """Full buckets live from their first gradient to their reduction; only shards (S,) stay, of the weights' type.
 
     With ``accumulate_fp32`` shards widen at the first micro-step that is not the last, so runs without accumulation
     never pay for it; they are that wide from the beginning if gradients travel in fp32.
