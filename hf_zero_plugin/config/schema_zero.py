@@ -60,7 +60,7 @@ class OffloadOptimizer(Section):
         "Who computes the update of offloaded states: the host's cores, or the accelerator with the states "
         "streamed through it.",
         note='Ours. "auto": the accelerator if there is one; with offload_param on several ranks, if a rank\'s '
-        "gradients fit into a quarter of its memory.",
+        "gradients fit into a quarter of its memory and the states are offloaded.",
     )
     nvme_path: AutoText | None = applied(None, "Directory for states on NVMe; every rank keeps a file there.")
     buffer_count: Positive = applied(4, "Staging buffers in host memory, each of a bucket's states.")

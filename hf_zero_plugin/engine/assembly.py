@@ -192,7 +192,7 @@ def make_grads(parts: Assembly, settings: EngineSettings, group: dist.ProcessGro
     store: type[GradientStore] = TransientGrads if parts.sharding.shards_grads else ResidentGrads
     if parts.sharding.world_size == 1 and is_half:
         store = LooseGrads
-    return store(  # type: ignore[call-arg]
+    made = store(  # type: ignore[call-arg]
         parts.layouts,
         parts.params,
         parts.sharding,
@@ -202,6 +202,9 @@ def make_grads(parts: Assembly, settings: EngineSettings, group: dist.ProcessGro
         flats=parts.weights.flats,
         accumulate_fp32=accumulates_in_fp32(settings),
     )
+    if settings.gradient_accumulation_steps > 1:
+        made.expect_sums()
+    return made
 
 
 def accumulates_in_fp32(settings: EngineSettings) -> bool:

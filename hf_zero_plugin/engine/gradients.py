@@ -100,6 +100,9 @@ class GradientStore:
         for arrived in self._arrived:
             arrived.clear()
 
+    def expect_sums(self) -> None:
+        """Micro-steps will be summed: take the memory for that now, if it is not taken as they come."""
+
     def end_backward(self) -> None:
         """Reduce what is left; at a boundary, ``shard(bucket)`` is complete on the current stream afterwards."""
         raise NotImplementedError

@@ -18,8 +18,8 @@ activations, and staging takes that memory: never more than the device held when
 of the states, since the other half is needed later than it takes to bring it. A buffer is dropped when the host has
 seen its download over: the compute stream may use it without waiting. What is still on its way down at the end of the
 next forward pass comes on top of that pass's own peak, and is the first to be filled again. So buffers are filled anew
-only up to a share of that peak (``HELD_SHARE``), and on a device that is nearly full (``FULL_SHARE``) no more than two
-are staged. New weights are all there once the link has brought down what the device may not hold.
+only up to a share of that peak, and on a device that is nearly full no more than two are staged (``staging_room.py``).
+New weights are all there once the link has brought down what the device may not hold.
 
 Downloads are cut, with a tiny kernel between the cuts. The copy engine serves what one stream has queued to its end
 before it looks at another stream, unless that one must wait for something: without the kernels, a ``tensor.item()``
@@ -42,28 +42,16 @@ import torch
 from torch import Tensor
 
 from hf_zero_plugin.engine.buckets import Piece
-from hf_zero_plugin.engine.device_memory import allocated_bytes, capacity_bytes
 from hf_zero_plugin.engine.leaving import LeavingBuffers
 from hf_zero_plugin.engine.master_weights import Context, Home, StepInputs
 from hf_zero_plugin.engine.pinned import PinnedArena
+from hf_zero_plugin.engine.staging_room import StagingRoom, pieces_ahead
+from hf_zero_plugin.errors import HfZeroError
 
 __all__ = ["StreamedHome"]
 
-MAX_AHEAD_SHARE = 0.5
-"""Of the states, how much is staged during a backward pass at most."""
-
 DOWNLOAD_BYTES = 72 * 2**20
 """Between two chances for other streams' copies: a millisecond and a half."""
-
-
-FULL_SHARE = 0.9
-"""Of the device: what activations and staged buffers may take together. The rest is for what the former need at their
-peak, between two looks, and for gaps in the allocator's memory."""
-
-
-HELD_SHARE = 0.2
-"""Of what the device holds when a backward pass begins: buffers that may be on the device during the next forward pass
-for as long as that takes. With none, a forward pass would wait until nearly all states have gone down."""
 
 
 class StreamedHome(Home):
@@ -89,13 +77,13 @@ class StreamedHome(Home):
         # Belongs to its slot's stream, which uses it for one piece after the other.
         scratch = [torch.empty(self._longest, device=context.device) for _ in self._slots]
         self._wide = [scratch[index % len(scratch)][: piece.numel] for index, piece in enumerate(self.pieces)]
-        self._max_ahead = self._count_ahead()
+        self._max_ahead = pieces_ahead(self.pieces, len(self._slots))
         self._tick = torch.zeros(1, device=context.device)
         self._staged: dict[int, Tensor] = {}
         """Buffers of pieces 0, 1, ... that are on the device, or on their way there."""
         self._leaving = LeavingBuffers()
-        self._capacity = int(FULL_SHARE * capacity_bytes(context.device))
-        self._ceiling = self._most_staged = self._most_held = self._peak_staging = 0
+        self._room = StagingRoom(context.device)
+        self._peak_staging = 0
         self._done: dict[int, list[torch.cuda.Event]] = {}
         self._updated: dict[int, torch.cuda.Event] = {}
         self._returned: dict[int, torch.cuda.Event] = {}
@@ -103,6 +91,7 @@ class StreamedHome(Home):
         self._alive: Any = None
         self._rest: tuple[StepInputs, Tensor] | None = None
         """What ``launch_rest`` has still to do, and with what."""
+        self._is_broken = False
 
     def set_master(self, index: int, values: Tensor) -> None:
         master, *states = self._rows_of(self._slabs[index], self.pieces[index])
@@ -117,19 +106,15 @@ class StreamedHome(Home):
     def start_backward(self) -> None:
         self._compute = torch.cuda.current_stream(self.context.device)
         self._leaving.reap()
-        # Buffers on their way down are no activations: counted here, they would let this pass stage as much on top of
-        # what it stages anyway, and the next one more again.
-        self._ceiling = allocated_bytes(self.context.device) - self._leaving.num_bytes
-        self._most_staged = self._capacity - self._ceiling
-        self._most_held = int(HELD_SHARE * self._ceiling)
+        self._room.measure(self._leaving.num_bytes)
 
     def prefetch(self) -> None:
         """Stage what fits now. Runs on autograd's thread, between two operations of the backward pass."""
-        if len(self._staged) >= self._max_ahead:
+        if len(self._staged) >= self._max_ahead or self._rest is not None:
             return
         self._leaving.reap()
         compute, before = self._compute, torch.cuda.current_stream(self.context.device)
-        room = self._ceiling - allocated_bytes(self.context.device)
+        room = self._room.free
         staged = sum(buffer.numel() for buffer in self._staged.values())
         try:
             torch.cuda.set_stream(compute)  # whose memory it is
@@ -139,7 +124,7 @@ class StreamedHome(Home):
                 is_slots_own = index < len(self._slots)
                 num_bytes = self._bytes_each * (self._longest if is_slots_own else self.pieces[index].numel)
                 staged += num_bytes
-                if staged > self._most_staged and not is_slots_own:
+                if staged > self._room.most_staged and not is_slots_own:
                     break
                 if (one := leaving.take_closest(num_bytes)) is not None:
                     fresh[index], empty[index] = one
@@ -147,7 +132,12 @@ class StreamedHome(Home):
                 room -= num_bytes
                 if room < 0 and not is_slots_own:
                     break
-                fresh[index] = torch.empty(num_bytes, dtype=torch.uint8, device=self.context.device)
+                try:
+                    fresh[index] = torch.empty(num_bytes, dtype=torch.uint8, device=self.context.device)
+                except torch.OutOfMemoryError:  # free, but in pieces
+                    if is_slots_own:
+                        raise
+                    break
             self._leaving = leaving  # not before all of the memory is there
             self._stage(fresh, empty)
         finally:
@@ -176,16 +166,6 @@ class StreamedHome(Home):
                 slot.wait_event(event)
         self._upload(index, buffer)
 
-    def _count_ahead(self) -> int:
-        """How many pieces may be staged during a backward pass."""
-        count = numel = 0
-        for piece in self.pieces:
-            numel += piece.numel
-            if count >= len(self._slots) and numel > MAX_AHEAD_SHARE * self._total:
-                break
-            count += 1
-        return count
-
     def _upload(self, index: int, buffer: Tensor) -> None:
         slab = self._slabs[index]
         buffer[: slab.numel()].copy_(slab, non_blocking=True)
@@ -200,6 +180,8 @@ class StreamedHome(Home):
     # ---------------------------------------------------------------- the step
 
     def step(self, inputs: StepInputs) -> None:
+        self._refuse_if_broken()
+        self.launch_rest()
         self.prefetch()  # activations are all gone by now
         device = self.context.device
         number = torch.full((), float(inputs.number), device=device)
@@ -227,6 +209,10 @@ class StreamedHome(Home):
         started = self.timeline.begin() if self.timeline is not None else None
         try:
             self._launch(inputs, number)
+        except BaseException:
+            self._is_broken = True
+            self.synchronize()  # nobody may get the memory of a buffer that copies still use
+            raise
         finally:
             torch.cuda.set_stream(before)
         if self.timeline is not None and started is not None:
@@ -237,7 +223,7 @@ class StreamedHome(Home):
         for index, buffer in self._staged.items():
             self._return(index, buffer)
             held += buffer.numel()
-            if index < len(self._slots) or held <= self._most_held:
+            if index < len(self._slots) or held <= self._room.most_held:
                 kept.add(id(buffer))
         self._staged.clear()
         for index in range(num_staged, len(self.pieces)):
@@ -299,7 +285,15 @@ class StreamedHome(Home):
 
     # ---------------------------------------------------------------- after the step
 
+    def _refuse_if_broken(self) -> None:
+        if self._is_broken:
+            raise HfZeroError(
+                "an update of the weights was interrupted by an error, so that some have their new values and others "
+                "do not: go on from a checkpoint."
+            )
+
     def wait(self, bucket: int) -> None:
+        self._refuse_if_broken()
         self._leaving.reap()
         current = torch.cuda.current_stream(self.context.device)
         # The compute stream too, if the memory of gradients is its own and free for it from here on.

@@ -85,7 +85,7 @@ def connect_training(
     parts.weights = FlatWeights(parts.layouts, parts.params, parts.device)
     exact = initial_values.adopt_weights(parts.weights, plan.whole, parts.sharding, group)
     parts.weights.flats += flats
-    streams = _streams(parts, settings, rule, client, home, flats)
+    streams = _streams(parts, settings, rule, client, home, flats, group)
     parts.grads = _make_grads(parts, settings, plan, flats, group, streams)
     homes = _make_homes(parts, settings, plan, home, rule, client, streams)
     parts.masters = MasterWeights(homes, parts.grads, len(parts.layouts))
@@ -182,10 +182,13 @@ def _streams(
     client: Any,
     home: torch.device,
     flats: Sequence[Tensor],
+    group: dist.ProcessGroup | None,
 ) -> bool:
     """Whether offloaded weights are updated on the device, which their states live on or pass through.
 
-    With several ranks that is so if the gradients of a rank's part fit there.
+    With several ranks that is so if it is asked for or the states are offloaded as well, and if the gradients of every
+    rank's part fit there: ranks must agree, since a step that overflows is skipped on the device in one case, with all
+    its collectives, and on the host in the other.
     """
     can = (
         home != parts.device
@@ -198,7 +201,11 @@ def _streams(
     )
     if parts.sharding.world_size == 1 or not can:
         return can
-    return _fits_device(_grad_bytes(settings, flats), parts.device)
+    if settings.offload_optimizer.step_on == "auto" and settings.offload_optimizer.device == "none":
+        return False  # states of which nobody knows that they fit
+    fits = torch.tensor(int(_fits_device(_grad_bytes(settings, flats), parts.device)), device=parts.device)
+    dist.all_reduce(fits, dist.ReduceOp.MIN, group)
+    return bool(fits)
 
 
 def _make_homes(

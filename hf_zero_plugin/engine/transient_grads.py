@@ -23,8 +23,8 @@ __all__ = ["TransientGrads"]
 class TransientGrads(GradientStore):
     """Full buckets live from their first gradient to their reduction; only shards (S,) stay, of the weights' type.
 
-    With ``accumulate_fp32`` shards widen at the first micro-step that is not the last, so runs without accumulation
-    never pay for it; they are that wide from the beginning if gradients travel in fp32.
+    With ``accumulate_fp32`` shards widen when something is to be added to them, so runs without accumulation never pay
+    for it; they are that wide from the beginning if gradients travel in fp32, or ``expect_sums`` was called.
 
     At most ``max_in_flight`` full buckets wait for their collective at a time, which bounds the memory above the
     shards at ``(max_in_flight + 1) * P`` elements.
@@ -37,6 +37,7 @@ class TransientGrads(GradientStore):
         super().__init__(*args, **kwargs)
         self._dtypes = [flat.dtype for flat in flats]
         self._accumulate_fp32 = accumulate_fp32
+        self._holds_sums = False
         self._shards = [
             flat.new_zeros(layout.shard_numel, dtype=self._first_type(layout, flat))
             for layout, flat in zip(self.layouts, flats)
@@ -51,9 +52,15 @@ class TransientGrads(GradientStore):
 
     def begin_backward(self, *, boundary: bool) -> None:
         super().begin_backward(boundary=boundary)
-        if not boundary and self._accumulate_fp32 and any(shard.dtype != torch.float32 for shard in self._shards):
-            self._shards = [shard.float() for shard in self._shards]
-            self._norm_views = None
+        if not boundary or self._holds_sums:
+            self.expect_sums()
+
+    def expect_sums(self) -> None:
+        if not self._accumulate_fp32:
+            return
+        for index in range(len(self._shards)):  # one after the other: activations may have left little room
+            self._shards[index] = self._shards[index].float()
+        self._norm_views = None
 
     def _buffer(self, layout: BucketLayout) -> Tensor:
         if layout.index not in self._full:
@@ -90,6 +97,11 @@ class TransientGrads(GradientStore):
         self._launch_rest()
         while self._reducing:
             self._land()
+        self._holds_sums = True
+
+    def clear_shard(self, bucket: int) -> None:
+        super().clear_shard(bucket)
+        self._holds_sums = False
 
     def shard(self, bucket: int) -> Tensor:
         return self._shards[bucket]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_zero_plugin.engine import assembly, offload_stream, sharded_wiring, state_homes
+from hf_zero_plugin.engine import assembly, sharded_wiring, staging_room, state_homes
 from hf_zero_plugin.engine.fsdp import sharded_params
 from hf_zero_plugin.engine.kept_grads import give_back, keep_on_device
 from hf_zero_plugin.engine.offload_stream import StreamedHome
@@ -32,8 +32,8 @@ BOTH: dict[str, Any] = {"params_on": "cpu", "states_on": "cpu"}
 
 def _stream_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(state_homes, "HostHome", lambda context, pieces, **_: StreamedHome(context, pieces, pin_memory=False))
-    patch.setattr(offload_stream, "allocated_bytes", Room(True))
-    patch.setattr(offload_stream, "capacity_bytes", lambda _: 2 * 10**15)
+    patch.setattr(staging_room, "allocated_bytes", Room(True))
+    patch.setattr(staging_room, "capacity_bytes", lambda _: 2 * 10**15)
     patch.setattr(sharded_wiring, "_streams", lambda *_: True)
     patch.setattr(assembly, "BUCKET_NUMEL", 300)
 

@@ -19,10 +19,11 @@ from hf_zero_plugin.config.settings import (
     OffloadOptimizerSettings,
     OptimizerSettings,
 )
-from hf_zero_plugin.engine import assembly, offload_stream, state_homes
+from hf_zero_plugin.engine import assembly, offload_stream, staging_room, state_homes
 from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.engine.leaving import LeavingBuffer, LeavingBuffers
 from hf_zero_plugin.engine.offload_stream import StreamedHome
+from hf_zero_plugin.errors import HfZeroError
 
 from .races import RaceDetector
 
@@ -68,8 +69,8 @@ def _stream_on_the_cpu(monkeypatch: pytest.MonkeyPatch, *, room: bool) -> None:
         return StreamedHome(context, pieces, pin_memory=False)
 
     monkeypatch.setattr(state_homes, "HostHome", home)
-    monkeypatch.setattr(offload_stream, "allocated_bytes", Room(room))
-    monkeypatch.setattr(offload_stream, "capacity_bytes", lambda _: 2 * 10**15)
+    monkeypatch.setattr(staging_room, "allocated_bytes", Room(room))
+    monkeypatch.setattr(staging_room, "capacity_bytes", lambda _: 2 * 10**15)
 
 
 def _homes(engine: ZeroEngine) -> list[StreamedHome]:
@@ -106,10 +107,11 @@ def _train(
     steps: int = 6,
     poison: int | None = None,
     after_step: Callable[[ZeroEngine], object] = lambda _: None,
+    first: int = 0,
 ) -> list[Tensor]:
     micros = engine.gradient_accumulation_steps()
     dtype = next(engine.module.parameters()).dtype
-    for step in range(steps):
+    for step in range(first, first + steps):
         for micro in range(micros):
             generator = torch.Generator().manual_seed(step * micros + micro)
             loss = engine(torch.randn(3, WIDTH, generator=generator).to(dtype)).float().square().mean()
@@ -208,9 +210,9 @@ def test_buffers_on_their_way_down_make_no_room_for_more(monkeypatch: pytest.Mon
         _train(engine, 2)
         leaving = home._leaving.num_bytes
         assert leaving > 0
-        monkeypatch.setattr(offload_stream, "allocated_bytes", lambda _: 5000 + leaving)
+        monkeypatch.setattr(staging_room, "allocated_bytes", lambda _: 5000 + leaving)
         home.start_backward()
-        assert home._ceiling == 5000
+        assert home._room.ceiling == 5000
         engine.destroy()
 
 
@@ -242,9 +244,9 @@ def test_other_amounts_of_memory_are_ordered_too(change: str, monkeypatch: pytes
     wanted = _train(_engine("bf16", "none"))
     _stream_on_the_cpu(monkeypatch, room=True)
     if change == "none is held":
-        monkeypatch.setattr(offload_stream, "HELD_SHARE", 0)
+        monkeypatch.setattr(staging_room, "HELD_SHARE", 0)
     if change == "the device is full":
-        monkeypatch.setattr(offload_stream, "capacity_bytes", lambda _: 10**15)
+        monkeypatch.setattr(staging_room, "capacity_bytes", lambda _: 10**15)
     with RaceDetector(sees_ends=False) as detector:
         engine = _watched(detector, _engine("bf16", "cpu"))
         (home,) = _homes(engine)
@@ -317,27 +319,73 @@ def test_a_missing_wait_is_found(missing: str, monkeypatch: pytest.MonkeyPatch) 
     assert detector.races
 
 
+def _full(*_: Any, **__: Any) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_a_full_device_loses_no_buffer_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Staging takes what is on its way down only when it has all of the memory that it asks for."""
+    """Without the two buffers that a step needs there is an error, and what is on its way down stays where it is."""
     _stream_on_the_cpu(monkeypatch, room=True)
     with RaceDetector(sees_ends=False) as detector:
         engine = _watched(detector, _engine("bf16", "cpu"))
         (home,) = _homes(engine)
         _train(engine, 1)
         leaving = [id(buffer) for buffer in home._leaving.buffers]
-
-        def full(*_: Any, **__: Any) -> Tensor:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-        home._max_ahead = len(home.pieces)
         home.start_backward()
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", full)
+            patch.setattr(torch, "empty", _full)
+            patch.setattr(LeavingBuffers, "take_closest", lambda *_: None)
             with pytest.raises(torch.OutOfMemoryError):
                 home.prefetch()
         assert [id(buffer) for buffer in home._leaving.buffers] == leaving and leaving
         assert not home._staged
-        home._max_ahead = home._count_ahead()
         _train(engine, 2)
         engine.destroy()
     assert detector.races == []
+
+
+def test_a_device_whose_free_memory_is_in_pieces_stages_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = _train(_engine("bf16", "none"))
+    _stream_on_the_cpu(monkeypatch, room=True)
+    with RaceDetector(sees_ends=False) as detector:
+        engine = _watched(detector, _engine("bf16", "cpu"))
+        (home,) = _homes(engine)
+        _train(engine, 3)
+        _stage_all(home)
+        home.start_backward()
+        there = len(home._leaving.buffers)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", _full)
+            home.prefetch()
+        assert 2 <= len(home._staged) <= there < len(home.pieces)
+        found = _train(engine, 3, first=3)
+        engine.destroy()
+    assert detector.races == []
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_an_interrupted_update_frees_nothing_that_is_in_use_and_is_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _stream_on_the_cpu(monkeypatch, room=False)
+    with RaceDetector(sees_ends=False) as detector:
+        engine = _watched(detector, _engine("bf16", "cpu"))
+        (home,) = _homes(engine)
+        _train(engine, 1)
+        original, last = home._update, len(home.pieces) - 1
+
+        def update(index: int, *rest: Any) -> None:
+            if index == last:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            original(index, *rest)
+
+        home._update = update  # type: ignore[method-assign]
+        engine.backward(engine(torch.randn(3, WIDTH).bfloat16()).float().square().mean())
+        engine.step()
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.synchronize()
+        for slot in (*home._slots, home._returns):
+            assert all(detector.host.get(name, 0) >= count for name, count in slot.clock.items())  # type: ignore[attr-defined]
+        with pytest.raises(HfZeroError, match=r"interrupted by an error.*from a checkpoint"):
+            engine(torch.randn(3, WIDTH).bfloat16())
+        del home._update

@@ -191,6 +191,13 @@ def _widths() -> dict[str, list[float]]:
             sizes.append(engine.parts.grads.num_bytes / elements)
             engine.step()
         found[str(wire)] = sizes
+    for name, micros, passes in (("two passes a step", 1, 2), ("accumulation", 2, 1)):
+        engine = make_engine(Tiny(), stage=2, precision="bf16", gradient_accumulation_steps=micros)
+        assert engine.parts.grads is not None
+        found[name] = [engine.parts.grads.num_bytes / elements]
+        for _ in range(passes):
+            engine.backward(loss_of(engine, batch(0, dist.get_rank()).bfloat16()))
+        found[name].append(engine.parts.grads.num_bytes / elements)
     return found
 
 
@@ -481,7 +488,9 @@ def test_what_a_stage_keeps_in_memory(ranks: Ranks, stage: int) -> None:
 
 def test_shards_of_half_precision_gradients_widen_when_they_are_summed(ranks: Ranks) -> None:
     for rank in ranks:
+        passes, planned = rank["widths"].pop("two passes a step"), rank["widths"].pop("accumulation")
         assert rank["widths"] == {"None": [2, 4, 4], "fp32": [4, 4, 4]}
+        assert (passes, planned) == ([2, 4], [4, 4])
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
