@@ -201,7 +201,7 @@ def _streams(
     )
     if parts.sharding.world_size == 1 or not can:
         return can
-    if settings.offload_optimizer.step_on == "auto" and settings.offload_optimizer.device == "none":
+    if settings.offload_optimizer.step_on != "device" and settings.offload_optimizer.device == "none":
         return False  # states of which nobody knows that they fit
     fits = torch.tensor(int(_fits_device(_grad_bytes(settings, flats), parts.device)), device=parts.device)
     dist.all_reduce(fits, dist.ReduceOp.MIN, group)
