@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from typing import NamedTuple
 
@@ -41,19 +40,19 @@ class LeavingBuffers:
         fits = (
             at for at, one in enumerate(self._buffers) if id(one.buffer) in among and one.buffer.numel() >= num_bytes
         )
-        return self._take(list(itertools.islice(fits, 1)))
+        return self._take(next(fits, None))
 
     def take_closest(self, num_bytes: int) -> LeavingBuffer | None:
         """The smallest that is large enough: so a step after the other gets by with the same buffers."""
         sizes = [one.buffer.numel() for one in self._buffers]
         fits = [at for at, size in enumerate(sizes) if size >= num_bytes]
-        return self._take(sorted(fits, key=sizes.__getitem__)[:1])
+        return self._take(min(fits, key=sizes.__getitem__, default=None))
 
-    def _take(self, found: list[int]) -> LeavingBuffer | None:
-        if not found:
+    def _take(self, at: int | None) -> LeavingBuffer | None:
+        if at is None:
             return None
-        one = self._buffers[found[0]]
-        del self._buffers[found[0]]
+        one = self._buffers[at]
+        del self._buffers[at]
         return one
 
     @property

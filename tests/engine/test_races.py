@@ -274,7 +274,7 @@ def _at_once(leaving: LeavingBuffers, num_bytes: int, among: set[int] | None = N
     """The last one that fits, without waiting."""
     fits = [one.numel() >= num_bytes and (among is None or id(one) in among) for one in leaving.buffers]
     at = max((at for at, it_fits in enumerate(fits) if it_fits), default=None)
-    one = leaving._take([at] if at is not None else [])
+    one = leaving._take(at)
     return one._replace(downloaded=Always()) if one is not None else None  # type: ignore[arg-type]
 
 
