@@ -127,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="file of configs/ for ours and deepspeed, without .json")
     parser.add_argument("--ratio", type=float, help="offload_optimizer.ratio")
     parser.add_argument("--budget", type=float, help="GiB for the states of ours-auto")
+    parser.add_argument("--share", type=float, help="host_share of ours-both")
     parser.add_argument("--dropout", type=float, help="of T5 in place of its own 0.1")
     parser.add_argument("--half", type=int, default=0, help="1: make ours' and DeepSpeed's weights in half precision")
     parser.add_argument("--losses", type=int, default=0, help="1: record every step's loss (reads it from the device)")

@@ -4,6 +4,7 @@ plain           the Trainer with --fp16 or --bf16: autocast, fp32 weights and st
 compute         forward and backward alone, in half precision: the GPU's share of a step (compute.py)
 ours            configs/zero2_offload.json, or the cell's config=NAME
 ours-host       the same, updated by the host's cores
+ours-both       the same, updated by both at once; the cell's share=NUMBER is host_share
 ours-device     the same without any offload
 ours-auto       the same with ratio "auto" and the cell's budget=GIB
 ours-z3         configs/zero3_offload.json
@@ -28,6 +29,7 @@ ENGINES = (
     "compute",
     "ours",
     "ours-host",
+    "ours-both",
     "ours-device",
     "ours-auto",
     "ours-z3",
@@ -52,7 +54,11 @@ def config_name(engine: str, asked: str | None) -> str | None:
 
 
 def engine_config(
-    engine: str, asked: str | None = None, ratio: float | None = None, budget_gib: float | None = None
+    engine: str,
+    asked: str | None = None,
+    ratio: float | None = None,
+    budget_gib: float | None = None,
+    share: float | None = None,
 ) -> dict[str, Any] | None:
     """The ds_config of a cell, or None."""
     name = config_name(engine, asked)
@@ -66,6 +72,10 @@ def engine_config(
     offload = zero.get("offload_optimizer", {})
     if engine == "ours-host":
         offload["step_on"] = "host"
+    if engine == "ours-both":
+        offload["step_on"] = "both"
+        if share is not None:
+            offload["host_share"] = share
     if engine == "ours-auto":
         offload["ratio"] = "auto"
         if budget_gib is not None:

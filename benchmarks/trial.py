@@ -49,6 +49,7 @@ def describe(job: argparse.Namespace) -> dict[str, Any]:
         "config": config_name(job.engine, job.config),
         "ratio": job.ratio,
         "budget_gib": job.budget,
+        "host_share": job.share,
         "dropout": job.dropout,
         "gpu_gib": job.gpu_gib,
         "world_size": world_size(),
@@ -152,7 +153,7 @@ def make_trainer(job: argparse.Namespace, cuda: bool) -> tuple[Any, Clock | Turn
     import torch
     from transformers import Seq2SeqTrainer, TrainerCallback
 
-    config = engine_config(job.engine, job.config, job.ratio, job.budget)
+    config = engine_config(job.engine, job.config, job.ratio, job.budget, job.share)
     if config is not None and not cuda:
         config.pop("fp16"), config.pop("bf16")
     arguments = training_arguments(job, config, cuda)

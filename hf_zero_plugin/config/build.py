@@ -130,6 +130,7 @@ def _offload_optimizer(zero: ZeroOptimization) -> OffloadOptimizerSettings:
         ratio=offload.ratio,
         gpu_memory_budget_bytes=None if budget is None else int(budget * _GIB),
         step_on=offload.step_on,
+        host_share=offload.host_share,
         host_threads_share=offload.cpuadam_cores_perc if "cpuadam_cores_perc" in offload.model_fields_set else 1.0,
         nvme_path=offload.nvme_path,
         buffer_count=offload.buffer_count,

@@ -126,9 +126,13 @@ def _idle(path: str, config: DsConfig) -> str:
             return "Only used when the device is nvme."
         if name == "step_on" and zero.offload_optimizer.device == "nvme":
             return "States on NVMe are updated by the host's cores."
-        on_host = zero.offload_optimizer.step_on == "host" or zero.offload_optimizer.device == "nvme"
+        on_host = zero.offload_optimizer.step_on in ("host", "both") or zero.offload_optimizer.device == "nvme"
         if name == "cpuadam_cores_perc" and not on_host:
-            return 'Only used with step_on "host"; the accelerator computes the update otherwise.'
+            return 'Only used with step_on "host" or "both"; the accelerator computes the update otherwise.'
+        if name == "host_share" and (
+            zero.offload_optimizer.step_on != "both" or zero.offload_optimizer.device != "cpu"
+        ):
+            return 'Only used with the device "cpu" and step_on "both".'
         if name == "gpu_memory_budget" and zero.offload_optimizer.ratio != AUTO:
             return 'Only used with ratio "auto".'
     if section == "$.aio" and zero.offload_optimizer.device != "nvme":

@@ -55,12 +55,18 @@ class OffloadOptimizer(Section):
     gpu_memory_budget: AboveZero | None = applied(
         None, 'GiB of accelerator memory that ratio "auto" may fill with optimizer states.', note="Ours."
     )
-    step_on: Annotated[Literal["auto", "host", "device"], LowerCase] = applied(
+    step_on: Annotated[Literal["auto", "host", "device", "both"], LowerCase] = applied(
         "auto",
-        "Who computes the update of offloaded states: the host's cores, or the accelerator with the states "
-        "streamed through it.",
+        "Who computes the update of offloaded states: the host's cores, the accelerator with the states "
+        "streamed through it, or both, each a share.",
         note='Ours. "auto": the accelerator if there is one; with offload_param on several ranks, if a rank\'s '
-        "gradients fit into a quarter of its memory and the states are offloaded.",
+        'gradients fit into a quarter of its memory and the states are offloaded. "both" is faster for models of '
+        "billions of parameters, if host cores are idle; stages 1 and 2 on several ranks: the accelerator.",
+    )
+    host_share: Share | None = applied(
+        None,
+        'Share of the offloaded states that host cores update with step_on "both".',
+        note="Ours. Unless it is given, it follows from the number of threads: a third with 16.",
     )
     nvme_path: AutoText | None = applied(None, "Directory for states on NVMe; every rank keeps a file there.")
     buffer_count: Positive = applied(4, "Staging buffers in host memory, each of a bucket's states.")

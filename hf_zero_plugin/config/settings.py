@@ -35,8 +35,10 @@ class OffloadOptimizerSettings:
     ratio: float | Literal["auto"] = 1.0
     """Share of the states kept on the host; "auto" fills ``gpu_memory_budget_bytes`` first."""
     gpu_memory_budget_bytes: int | None = None
-    step_on: Literal["auto", "host", "device"] = "auto"
+    step_on: Literal["auto", "host", "device", "both"] = "auto"
     """Who computes the update: host cores, or the accelerator with the states streamed through it (ours alone)."""
+    host_share: float | None = None
+    """Of the offloaded states, what host cores update where both work; None: by the number of threads."""
     host_threads_share: float = 1.0
     """Of the threads that torch uses, for the update on the host."""
     nvme_path: str | None = None

@@ -37,7 +37,8 @@ class Job(NamedTuple):
     bucket: int
     inputs: StepInputs
     number: Tensor
-    multiplier: Tensor | None
+    multiplier: float
+    """For the gradients. Not used if they come from a device: then it is on its way down, ahead of them."""
 
 
 class HostHome(Home):
@@ -51,6 +52,7 @@ class HostHome(Home):
         pin_memory: bool = True,
         threaded: bool = True,
         threads_share: float = 1.0,
+        num_spared: int = 0,
     ) -> None:
         super().__init__(context, pieces)
         self._on_cuda = context.device.type == "cuda"
@@ -66,6 +68,9 @@ class HostHome(Home):
             self._make_half_buffers(pin_memory)
             self._copies = torch.cuda.Stream(context.device)
             self._uploads = torch.cuda.Stream(context.device)
+            self._tick = torch.zeros(1, device=context.device)
+            self._numbers = torch.zeros(2, pin_memory=True)
+            self._numbers_on_device = torch.zeros(2, device=context.device)
         self._grad_ready: dict[int, torch.cuda.Event] = {}
         self._uploaded: dict[int, torch.cuda.Event] = {}
         self._done = {bucket: threading.Event() for bucket in self._pieces_of}
@@ -73,7 +78,7 @@ class HostHome(Home):
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if threaded and self.pieces:
-            self._start_thread(max(1, int(threads_share * torch.get_num_threads())))
+            self._start_thread(max(1, int(threads_share * torch.get_num_threads()) - num_spared))
 
     def place_states(self) -> None:
         """Make room for masters and states."""
@@ -111,9 +116,11 @@ class HostHome(Home):
 
     def step(self, inputs: StepInputs) -> None:
         number = torch.full((), float(inputs.number))
-        multiplier = None if inputs.multiplier is None else inputs.multiplier.cpu()
-        if multiplier is not None and multiplier.item() == 1.0:
-            multiplier = None
+        multiplier = 1.0
+        if self._on_cuda:
+            self._send_numbers(inputs)
+        elif inputs.multiplier is not None:
+            multiplier = inputs.multiplier.item()
         for bucket in self._pieces_of:
             self._done[bucket].clear()
             if self._on_cuda:
@@ -125,11 +132,20 @@ class HostHome(Home):
             else:
                 self._jobs.put(job)
 
-    def _start_download(self, bucket: int) -> None:
+    def _send_numbers(self, inputs: StepInputs) -> None:
+        """Multiplier and overflow flag go down ahead of the gradients, so that nobody waits for them here."""
+        given = (inputs.multiplier, 1.0), (inputs.found_inf, 0.0)
+        for place, (number, otherwise) in zip(self._numbers_on_device, given):
+            place.fill_(otherwise) if number is None else place.copy_(number)
         self._copies.wait_stream(torch.cuda.current_stream(self.context.device))
+        with torch.cuda.stream(self._copies):
+            self._numbers.copy_(self._numbers_on_device, non_blocking=True)
+
+    def _start_download(self, bucket: int) -> None:
         with torch.cuda.stream(self._copies):
             for index in self._pieces_of[bucket]:
                 self._half[index].copy_(self.context.grad_of(self.pieces[index]), non_blocking=True)
+                self._tick.zero_()  # see offload_stream: others read numbers from the device meanwhile
                 self.context.clear_grad(self.pieces[index])
             self._grad_ready[bucket] = self._copies.record_event()
 
@@ -140,8 +156,11 @@ class HostHome(Home):
                 if self._on_cuda:
                     self._grad_ready[job.bucket].synchronize()
                 started = time.perf_counter()
-                for index in self._pieces_of[job.bucket]:
-                    self._update_piece(index, job)
+                multiplier, is_skipped = job.multiplier, False
+                if self._on_cuda:
+                    multiplier, is_skipped = self._numbers[0].item(), bool(self._numbers[1])
+                for index in self._pieces_of[job.bucket] if not is_skipped else ():
+                    self._update_piece(index, job, multiplier)
                 if self._on_cuda:
                     with torch.cuda.stream(self._uploads):
                         self.context.finish_bucket(job.bucket, self)
@@ -159,13 +178,13 @@ class HostHome(Home):
         finally:
             self._done[job.bucket].set()
 
-    def _update_piece(self, index: int, job: Job) -> None:
+    def _update_piece(self, index: int, job: Job, multiplier: float) -> None:
         piece = self.pieces[index]
         grad = self._half[index] if self._on_cuda else self.context.grad_of(piece)
         if grad.dtype != torch.float32 or self._on_cuda:
             grad = self._scratch[: piece.numel].copy_(grad)
-        if job.multiplier is not None:
-            grad.mul_(job.multiplier)
+        if multiplier != 1.0:
+            grad.mul_(multiplier)
         master = self.apply(index, grad, job)
         weight = self.context.weight_of(piece)
         if self._on_cuda:
@@ -228,7 +247,8 @@ class HostHome(Home):
 
     @property
     def skips_on_device(self) -> bool:
-        return False  # the worker must not start on gradients that may turn out to be inf
+        # On a CPU a number is read at no cost, and the worker must not start on gradients that turn out to be inf.
+        return self._on_cuda
 
     @property
     def is_on_host(self) -> bool:

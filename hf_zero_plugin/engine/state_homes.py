@@ -4,8 +4,8 @@
 
     optimizer                     offload "none"   "cpu"                                      "nvme"
     element by element, our own   device           device up to the ratio or budget, then     the same, then
-                                                   streamed through the device, or the host   NVMe
-                                                   (no GPU, or "step_on": "host")
+                                                   streamed through the device, the host      NVMe
+                                                   (no GPU, or "step_on": "host"), or both
     element by element, torch's   device           device up to that, then the host           refused
     torch's, whole parameters     device           the host                                   refused
     the caller's own object       device           the host                                   refused
@@ -15,11 +15,12 @@ An optimizer that looks at whole parameters, or may do so, cannot be given slice
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
-from hf_zero_plugin.config.settings import EngineSettings
+from hf_zero_plugin.config.settings import EngineSettings, OffloadOptimizerSettings
 from hf_zero_plugin.engine.buckets import BucketLayout, Piece, cut_pieces, cut_whole_parameters
 from hf_zero_plugin.engine.client_home import ClientHome
 from hf_zero_plugin.engine.low_precision import DTYPES
@@ -33,11 +34,22 @@ from hf_zero_plugin.engine.piece_states import StateTypes
 from hf_zero_plugin.engine.sharding import Sharding
 from hf_zero_plugin.errors import ConfigError, UnsupportedFeature
 
+logger = logging.getLogger("hf_zero_plugin")
+
 __all__ = ["make_homes", "refuse_cut_parameters", "refuse_own_states_on_nvme", "state_types"]
 
 STREAM_PIECE_NUMEL = 12 * 2**20
 """Elements per piece that passes through the device: each of two slots takes (K + 1) * 4 bytes of device memory per
 element (Adam: 200 MB each), and every piece costs the host about a dozen calls a step."""
+
+
+LINK_NUMEL_PER_S = 4.2e9
+THREAD_NUMEL_PER_S = 0.15e9
+"""Elements a second that pass through a device on a x16 gen5 link, and that one host thread updates (AdamW, measured).
+Where both work, these say who gets how much: with numbers measured at run time, no two runs would be the same."""
+
+_NUM_SPARED = 2
+"""Threads that do not update where both work: two launch kernels meanwhile."""
 
 
 def make_homes(
@@ -71,21 +83,39 @@ def make_homes(
     if not to_host:
         return [DeviceHome(context, pieces)]
     kept, moved = _split_by_ratio(pieces, context, settings)
+    pin, threads_share = offload.pin_memory, offload.host_threads_share
     if streams:
-        away: Home = StreamedHome(context, moved, pin_memory=offload.pin_memory)
-    else:
-        # Without a device to overlap with, a second thread would only fight the first for the cores.
-        threaded = parts.device.type == "cuda" or offload.step_on == "host"
-        if offload.device == "nvme":
-            return [DeviceHome(context, kept), NvmeHome(context, moved, offload, settings.aio, threaded=threaded)]
-        away = HostHome(
-            context,
-            moved,
-            pin_memory=offload.pin_memory,
-            threaded=threaded,
-            threads_share=offload.host_threads_share,
+        hosted = _interleaved(moved, _host_share(offload, context)) if offload.step_on == "both" else []
+        streamed = StreamedHome(context, [piece for piece in moved if piece not in hosted], pin_memory=pin)
+        homes: list[Home] = [DeviceHome(context, kept), streamed]
+        if hosted:
+            homes.append(HostHome(context, hosted, pin_memory=pin, threads_share=threads_share, num_spared=_NUM_SPARED))
+        return homes
+    # Without a device to overlap with, a second thread would only fight the first for the cores.
+    threaded = parts.device.type == "cuda" or offload.step_on == "host"
+    if offload.device == "nvme":
+        return [DeviceHome(context, kept), NvmeHome(context, moved, offload, settings.aio, threaded=threaded)]
+    host = HostHome(context, moved, pin_memory=pin, threaded=threaded, threads_share=threads_share)
+    return [DeviceHome(context, kept), host]
+
+
+def _host_share(offload: OffloadOptimizerSettings, context: Context) -> float:
+    if not context.is_alone:  # the host's thread would gather weights while the main thread gathers others
+        logger.warning(
+            '$.zero_optimization.offload_optimizer.step_on: "both" has no effect at stages 1 and 2 on several ranks: '
+            "the accelerators compute the whole update."
         )
-    return [DeviceHome(context, kept), away]
+        return 0.0
+    if offload.host_share is not None:
+        return offload.host_share
+    num_threads = int(offload.host_threads_share * torch.get_num_threads()) - _NUM_SPARED
+    host = max(0, num_threads) * THREAD_NUMEL_PER_S
+    return host / (host + LINK_NUMEL_PER_S)
+
+
+def _interleaved(pieces: list[Piece], share: float) -> list[Piece]:
+    """Every 1/share-th: both who update work in the order in which the next forward pass needs the weights."""
+    return [piece for i, piece in enumerate(pieces) if int((i + 1) * share) > int(i * share)]
 
 
 def _split_by_ratio(pieces: list[Piece], context: Context, settings: EngineSettings) -> tuple[list[Piece], list[Piece]]:

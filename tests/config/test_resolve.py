@@ -625,6 +625,15 @@ def test_share_of_host_threads_counts_only_when_written() -> None:
     assert resolve_dict(given).offload_optimizer.host_threads_share == 0.5
 
 
+def test_share_of_the_host_needs_both_to_work() -> None:
+    offload = {"device": "cpu", "step_on": "both", "host_share": 0.4}
+    result = resolved({"zero_optimization": {"offload_optimizer": offload}})
+    assert (result.settings.offload_optimizer.step_on, result.settings.offload_optimizer.host_share) == ("both", 0.4)
+    assert entry_of(result, "$.zero_optimization.offload_optimizer.host_share").note == ""
+    result = resolved({"zero_optimization": {"offload_optimizer": {**offload, "step_on": "device"}}})
+    assert "both" in entry_of(result, "$.zero_optimization.offload_optimizer.host_share").note
+
+
 def test_nvme_needs_a_path_and_its_keys_become_settings() -> None:
     offload: dict[str, Any] = {"device": "nvme", "buffer_count": 5, "pipeline_read": True}
     with pytest.raises(ConfigProblems, match="nvme_path: the key is missing"):

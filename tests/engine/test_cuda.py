@@ -109,18 +109,21 @@ def test_streamed_equals_resident_to_the_bit(precision: str, poison: int | None)
     streamed.destroy()
 
 
+@pytest.mark.parametrize("poison", [None, 4])
+@pytest.mark.parametrize("step_on", ["host", "both"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_host_update_agrees_with_resident(precision: str) -> None:
+def test_host_update_agrees_with_resident(precision: str, step_on: str, poison: int | None) -> None:
     """Host and device kernels round differently in the last bit, so not to the bit."""
-    resident, host = _engine(precision, "none"), _engine(precision, "cpu", "host")
-    _train(resident, 6)
-    _train(host, 6)
+    resident, host = _engine(precision, "none"), _engine(precision, "cpu", step_on)
+    _train(resident, 6, poison)
+    _train(host, 6, poison)
+    assert resident.skipped_steps == host.skipped_steps == (0 if poison is None else 1)
     for a, b in zip(_weights(resident), _weights(host)):
         assert (a.float() - b.float()).abs().mean() < 1e-3
     host.destroy()
 
 
-@pytest.mark.parametrize("step_on", ["device", "host"])
+@pytest.mark.parametrize("step_on", ["device", "host", "both"])
 def test_overlapped_host_equals_inline_host(step_on: str) -> None:
     """The same update with a full barrier after every step gives the same bits."""
     free, barred = _engine("bf16", "cpu", step_on), _engine("bf16", "cpu", step_on)
@@ -138,7 +141,7 @@ def test_overlapped_host_equals_inline_host(step_on: str) -> None:
     barred.destroy()
 
 
-@pytest.mark.parametrize("step_on", ["device", "host"])
+@pytest.mark.parametrize("step_on", ["device", "host", "both"])
 @pytest.mark.parametrize("look", ["parameters", "state_dict", "deepcopy"])
 def test_weights_read_right_after_step_are_new(step_on: str, look: str) -> None:
     engine = _engine("bf16", "cpu", step_on)

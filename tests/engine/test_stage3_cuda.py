@@ -31,6 +31,12 @@ PLACES: dict[str, dict[str, Any]] = {
     "weights offloaded": {"params_on": "cpu"},
     "both offloaded": {"params_on": "cpu", "states_on": "cpu"},
     "both offloaded, gradients too": {"params_on": "cpu", "states_on": "cpu", "gradients_on": "cpu"},
+    "states updated by both": {"states_on": "cpu", "offload": {"step_on": "both", "host_share": 0.4}},
+    "both offloaded, updated by both": {
+        "params_on": "cpu",
+        "states_on": "cpu",
+        "offload": {"step_on": "both", "host_share": 0.4},
+    },
     "both offloaded, host threads": {"params_on": "cpu", "states_on": "cpu", "offload": {"step_on": "host"}},
     "weights offloaded, half of the states": {"params_on": "cpu", "states_on": "cpu", "offload": {"ratio": 0.5}},
 }
@@ -116,8 +122,8 @@ def tiny_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_equals_stage_2(place: str, precision: str) -> None:
     """Host kernels round otherwise than the device's: like is held against like."""
-    on_host = "step_on" in PLACES[place].get("offload", {})
-    oracle = {"states_on": "cpu", "offload": {"step_on": "host"}} if on_host else {}
+    asked = PLACES[place].get("offload", {})
+    oracle = {"states_on": "cpu", "offload": asked} if "step_on" in asked else {}
     wanted, found = _engine(precision, stage=2, **oracle), _engine(precision, **PLACES[place])
     losses = _train(wanted)
     assert _train(found) == pytest.approx(losses, rel=2e-2 if precision != "fp32" else 1e-4)

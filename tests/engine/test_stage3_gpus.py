@@ -45,6 +45,12 @@ CASES: dict[str, dict[str, Any]] = {
         "states_on": "cpu",
         "offload": {"ratio": 0.5},
     },
+    "stage 3, both, updated by both": {
+        "params_on": "cpu",
+        "states_on": "cpu",
+        "whole": 25,
+        "offload": {"step_on": "both", "host_share": 0.5},
+    },
     "stage 3, far prefetch": {"stage3": {"prefetch_bucket_size": 10**6, "max_live_parameters": 0}},
 }
 PRECISIONS = ("fp32", "bf16", "fp16")
