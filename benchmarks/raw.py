@@ -54,6 +54,7 @@ class Variant(NamedTuple):
     config: str = DEFAULT_CONFIG
     ratio: float = 1.0
     budget_gib: float = 0.0
+    host_share: float = 0.0
 
     @property
     def label(self) -> str:
@@ -62,6 +63,8 @@ class Variant(NamedTuple):
             parts.append(f"ratio {self.ratio:g}")
         if self.budget_gib:
             parts.append(f"budget {self.budget_gib:g} GiB")
+        if self.host_share:
+            parts.append(f"host share {self.host_share:g}")
         return ", ".join(parts)
 
 
@@ -148,7 +151,8 @@ class Raw:
             return
         ratio = record.get("ratio") if engine != "ours-auto" else None
         budget = record.get("budget_gib") if engine == "ours-auto" else None
-        variant = Variant(config, 1.0 if ratio is None else ratio, budget or 0.0)
+        share = record.get("host_share") if engine == "ours-both" else None
+        variant = Variant(config, 1.0 if ratio is None else ratio, budget or 0.0, share or 0.0)
         key = (setting_of(record), variant)
         cell = self._cells.setdefault(key, Cell(*key))
         cell.runs[engine][place].append(record)

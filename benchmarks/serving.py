@@ -197,7 +197,9 @@ class Serving:
             except BrokenPipeError:
                 return {"failed": "ended before the cell began"}
             lines = self.read("RESULT ", timeout)
-        used = {"machine_used_bytes": watch.most_used} if self._around.is_alone else {}
+        # In a further turn the processes have their memory already, and so have those of other engines.
+        is_whole = self._around.is_alone and job not in (GO, STOP)
+        used = {"machine_used_bytes": watch.most_used} if is_whole else {}
         if watch.ended_them:
             own = f"its processes held {watch.most_resident / 2**30:.1f}"
             return {"failed": f"needs more than {self._around.host_gib:g} GiB of host memory ({own})", **used}

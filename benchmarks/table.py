@@ -40,8 +40,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Raw, str], list[str]]], ...] = (
     ),
     (
         "Our other ways",
-        "ours-host updates on host cores, ours-device offloads nothing, ours-auto fills a budget on the GPU first, "
-        "ratio is the share of the states on the host.",
+        "ours-host updates on host cores, ours-both there and on the GPU, ours-device offloads nothing, ours-auto "
+        "fills a budget on the GPU first, ratio is the share of the states on the host.",
         tables.variants,
     ),
     ("Several GPUs", "Tokens a second of all ranks; batch is per GPU.", tables_ranks.several_gpus),

@@ -7,11 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from raw import Cell, Raw, Record
+from raw import Cell, Raw, Record, Variant
 
 NAMES = {"plain": "plain", "ours": "ours", "deepspeed": "DeepSpeed", "torchao": "torchao"}
 GIB = 2**30
-VARIANTS = ("ours-host", "ours-device", "ours-auto")
+VARIANTS = ("ours-host", "ours-both", "ours-device", "ours-auto")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -33,6 +33,11 @@ def median_or_none(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
+def has_configured(cell: Cell) -> bool:
+    """Engines without a configuration are in every variant's cell, so by themselves they count in the default one."""
+    return cell.has("ours") or cell.has("deepspeed") or (cell.has("torchao") and cell.variant == Variant())
+
+
 def step_ms(cell: Cell, engine: str) -> str:
     return spread([ms for record in cell.records(engine) for ms in record["step_ms"]], "{:.0f}")
 
@@ -40,7 +45,7 @@ def step_ms(cell: Cell, engine: str) -> str:
 def steps(raw: Raw, device: str) -> list[str]:
     rows = []
     for cell in raw.cells(device):
-        if not any(cell.has(engine) for engine in ("ours", "deepspeed", "torchao")):
+        if not has_configured(cell):
             continue
         times = [step_ms(cell, engine) for engine in NAMES]
         ratios = [
@@ -106,6 +111,12 @@ def is_sizeable(cell: Cell) -> bool:
     return any(record["num_parameters"] > 10**8 for engine in NAMES for record in cell.records(engine))
 
 
+def saw_all(record: Record) -> bool:
+    """Whether the machine was watched from before the process took its memory. Lines of turns once said otherwise."""
+    gained = (record.get("rss_peak_bytes") or 0) - (record.get("rss_baseline_bytes") or 0)
+    return bool(record.get("machine_used_bytes")) and record["machine_used_bytes"] >= gained
+
+
 def host_bytes(cell: Cell, engine: str) -> tuple[float | None, float | None, float | None]:
     """Bytes a parameter: the engine's own, with the libraries, and what the machine as a whole lost; largest run.
 
@@ -118,7 +129,7 @@ def host_bytes(cell: Cell, engine: str) -> tuple[float | None, float | None, flo
         for record in first
         if record.get("rss_peak_bytes") and record.get("rss_baseline_bytes")
     ]
-    outside = [r["machine_used_bytes"] / r["num_parameters"] for r in first if r.get("machine_used_bytes")]
+    outside = [record["machine_used_bytes"] / record["num_parameters"] for record in first if saw_all(record)]
     return tuple(max(values, default=None) for values in (own, total, outside))  # type: ignore[return-value]
 
 
@@ -126,7 +137,7 @@ def host_memory(raw: Raw, device: str) -> list[str]:
     rows = []
     for cell in raw.cells(device):
         shown = {engine: host_bytes(cell, engine) for engine in NAMES}
-        if not is_sizeable(cell) or not any(any(found) for found in shown.values()):
+        if not is_sizeable(cell) or not has_configured(cell) or not any(any(found) for found in shown.values()):
             continue
         texts = [
             " / ".join("-" if value is None else f"{value:.1f}" for value in shown[engine])
@@ -204,7 +215,7 @@ def placed(record: Record) -> str:
 
 def variants(raw: Raw, device: str) -> list[str]:
     """Other ways of our own, against the default one of the same setting in the same round."""
-    default = {cell.setting: cell for cell in raw.cells(device) if cell.variant == type(cell.variant)()}
+    default = {cell.setting: cell for cell in raw.cells(device) if cell.variant == Variant()}
     rows = []
     for cell in raw.cells(device):
         names = [name for name in VARIANTS if cell.has(name)]
