@@ -39,7 +39,14 @@ from hf_zero_plugin.engine.transient_grads import TransientGrads
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
 from hf_zero_plugin.errors import ConfigError
 
-__all__ = ["accumulates_in_fp32", "assemble", "choose_optimizer", "finish_bucket", "prefetch_states"]
+__all__ = [
+    "accumulates_in_fp32",
+    "assemble",
+    "choose_optimizer",
+    "finish_bucket",
+    "prefetch_states",
+    "sums_in_fp32",
+]
 
 logger = logging.getLogger("hf_zero_plugin")
 
@@ -151,6 +158,7 @@ def _wire(
         is_alone=sharding.world_size == 1,
         groups=parts.optimizer.param_groups,
         types=state_types(settings, rule, client),
+        sums_in_fp32=sums_in_fp32(settings),
     )
     homes = make_homes(parts, settings, context, client, parts.layouts)
     parts.masters = MasterWeights(homes, parts.grads, len(parts.layouts))
@@ -216,6 +224,11 @@ def accumulates_in_fp32(settings: EngineSettings) -> bool:
         return False
     default = "fp32" if settings.precision == "bf16" and settings.master_dtype == "fp32" else settings.precision
     return (settings.grad_accum_dtype or default) == "fp32"
+
+
+def sums_in_fp32(settings: EngineSettings) -> bool:
+    """Whether there are sums of micro-steps, and buffers wider than the weights for them."""
+    return accumulates_in_fp32(settings) and settings.gradient_accumulation_steps > 1
 
 
 def finish_bucket(parts: Assembly, bucket: int, home: object) -> None:

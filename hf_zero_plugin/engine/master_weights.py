@@ -60,6 +60,8 @@ class Context(NamedTuple):
     groups: Sequence[dict[str, Any]]
     """The param groups, for the initial values of states."""
     types: StateTypes = FP32
+    sums_in_fp32: bool = False
+    """Gradients of several micro-steps are added up in fp32, whatever the type of the weights."""
 
     def grad_of(self, piece: Piece) -> Tensor:
         return self.grads.part(piece.bucket, piece.start, piece.end)

@@ -2,13 +2,16 @@
 
 Per bucket, in the order in which the next forward pass needs them::
 
-    gradient ready -> download stream -> page-locked half-precision buffer        (2 B/parameter)
+    gradient ready -> download stream -> page-locked buffer                       (2 B/parameter; sums in fp32: 4)
     worker thread: widen, multiply, update rule, narrow                          (host cores)
     upload stream: weights back to the device                                    (2 B/parameter)
 
 The forward pass waits for its own bucket only: first for the worker (a host wait), then for the upload (a wait on the
 device). Calls are few and large: every Python call of the worker takes the interpreter lock from the thread that
 launches kernels. On a CPU device there is nothing to copy and the same thread updates the gradients where they are.
+
+It may work beside a home that streams through the device: each has pieces of its own (``state_homes.py``). Whether an
+overflow skips the step goes down ahead of the gradients, so nobody waits for the device to launch one.
 """
 
 from __future__ import annotations
@@ -55,21 +58,21 @@ class HostHome(Home):
         num_spared: int = 0,
     ) -> None:
         super().__init__(context, pieces)
-        self._on_cuda = context.device.type == "cuda"
         self._pieces_of: dict[int, list[int]] = {}
         for index, piece in enumerate(self.pieces):
             self._pieces_of.setdefault(piece.bucket, []).append(index)
         self.place_states()
         longest = max((piece.numel for piece in self.pieces), default=0)
         self._scratch = torch.empty(longest)
-        self._half_arenas: list[PinnedArena] = []
-        self._half: dict[int, Tensor] = {}
+        self._arenas: list[PinnedArena] = []
+        self._down: dict[int, Tensor] = {}
+        self._up: dict[int, Tensor] = {}
         if self._on_cuda:
-            self._make_half_buffers(pin_memory)
+            self._make_buffers(pin_memory)
             self._copies = torch.cuda.Stream(context.device)
             self._uploads = torch.cuda.Stream(context.device)
             self._tick = torch.zeros(1, device=context.device)
-            self._numbers = torch.zeros(2, pin_memory=True)
+            self._numbers = torch.zeros(2, pin_memory=torch.cuda.is_available())
             self._numbers_on_device = torch.zeros(2, device=context.device)
         self._grad_ready: dict[int, torch.cuda.Event] = {}
         self._uploaded: dict[int, torch.cuda.Event] = {}
@@ -89,13 +92,19 @@ class HostHome(Home):
         self._storage = [types.rows(arena.take(piece.numel * each), piece.numel, num_states) for piece in self.pieces]
         self._states = PieceStates(self.context.rule, self.pieces, types)
 
-    def _make_half_buffers(self, pin: bool) -> None:
+    @property
+    def _on_cuda(self) -> bool:
+        return self.context.device.type == "cuda"
+
+    def _make_buffers(self, pin: bool) -> None:
         """One buffer per piece carries the gradient down and, once that is consumed, the weights up."""
         for dtype in sorted({self.context.weight_of(piece).dtype for piece in self.pieces}, key=str):
             mine = [i for i, piece in enumerate(self.pieces) if self.context.weight_of(piece).dtype == dtype]
-            arena = PinnedArena(sum(self.pieces[i].numel for i in mine), pin=pin, dtype=dtype)
-            self._half_arenas.append(arena)
-            self._half.update({i: arena.take(self.pieces[i].numel) for i in mine})
+            carried = torch.float32 if self.context.sums_in_fp32 else dtype
+            arena = PinnedArena(sum(self.pieces[i].numel for i in mine), pin=pin, dtype=carried)
+            self._arenas.append(arena)
+            self._down.update({i: arena.take(self.pieces[i].numel) for i in mine})
+            self._up.update({i: self._down[i].view(dtype)[: self.pieces[i].numel] for i in mine})
 
     def _start_thread(self, num_threads: int) -> None:
         for done in self._done.values():
@@ -144,7 +153,7 @@ class HostHome(Home):
     def _start_download(self, bucket: int) -> None:
         with torch.cuda.stream(self._copies):
             for index in self._pieces_of[bucket]:
-                self._half[index].copy_(self.context.grad_of(self.pieces[index]), non_blocking=True)
+                self._down[index].copy_(self.context.grad_of(self.pieces[index]), non_blocking=True)
                 self._tick.zero_()  # see offload_stream: others read numbers from the device meanwhile
                 self.context.clear_grad(self.pieces[index])
             self._grad_ready[bucket] = self._copies.record_event()
@@ -180,17 +189,17 @@ class HostHome(Home):
 
     def _update_piece(self, index: int, job: Job, multiplier: float) -> None:
         piece = self.pieces[index]
-        grad = self._half[index] if self._on_cuda else self.context.grad_of(piece)
-        if grad.dtype != torch.float32 or self._on_cuda:
+        grad = self._down[index] if self._on_cuda else self.context.grad_of(piece)
+        if grad.dtype != torch.float32:
             grad = self._scratch[: piece.numel].copy_(grad)
         if multiplier != 1.0:
             grad.mul_(multiplier)
         master = self.apply(index, grad, job)
         weight = self.context.weight_of(piece)
         if self._on_cuda:
-            self._half[index].copy_(master)
+            self._up[index].copy_(master)
             with torch.cuda.stream(self._uploads):
-                weight.copy_(self._half[index], non_blocking=True)
+                weight.copy_(self._up[index], non_blocking=True)
         else:
             weight.copy_(master)
         self.finish_piece(index)
@@ -232,8 +241,9 @@ class HostHome(Home):
             self._stop_thread()
             self._thread = None
         if self._on_cuda:
-            torch.cuda.synchronize(self.context.device)
-        for arena in self._half_arenas:
+            for stream in (self._copies, self._uploads):
+                stream.synchronize()
+        for arena in self._arenas:
             arena.release()
 
     @property
@@ -242,8 +252,8 @@ class HostHome(Home):
 
     @property
     def buffer_bytes(self) -> int:
-        half = sum(buffer.numel() * buffer.element_size() for buffer in self._half.values())
-        return half + self._scratch.numel() * 4
+        carried = sum(buffer.numel() * buffer.element_size() for buffer in self._down.values())
+        return carried + self._scratch.numel() * 4
 
     @property
     def skips_on_device(self) -> bool:

@@ -167,8 +167,7 @@ there save two of host memory and two on the link, each way."""
 
 
 def _grad_bytes(settings: EngineSettings, flats: Sequence[Tensor]) -> int:
-    widens = assembly.accumulates_in_fp32(settings) and settings.gradient_accumulation_steps > 1
-    return sum(flat.numel() * (4 if widens else flat.element_size()) for flat in flats)
+    return sum(flat.numel() * (4 if assembly.sums_in_fp32(settings) else flat.element_size()) for flat in flats)
 
 
 def _fits_device(num_bytes: int, device: torch.device) -> bool:
@@ -232,6 +231,7 @@ def _make_homes(
         is_alone=parts.sharding.world_size == 1,
         groups=parts.optimizer.param_groups,
         types=state_homes.state_types(settings, rule, client),
+        sums_in_fp32=assembly.sums_in_fp32(settings),
     )
     sharded = whole._replace(finish_bucket=lambda bucket, owner: None, device=home, is_alone=True)
     offload = settings.offload_optimizer

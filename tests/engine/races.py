@@ -90,6 +90,15 @@ class Stream:
         return self.clock[self.name]
 
 
+class Host(Stream):
+    """Work of the host itself: over when the call returns, and ordered after nothing but what the host waited for."""
+
+    def advance(self) -> int:
+        self.clock = {**self._detector.host, self.name: self.clock[self.name] + 1}
+        self._detector.host[self.name] = self.clock[self.name]
+        return self.clock[self.name]
+
+
 def _range(tensor: Tensor) -> tuple[int, int]:
     """Addresses between which the elements lie."""
     if tensor.numel() == 0:
@@ -119,7 +128,9 @@ class RaceDetector(TorchDispatchMode):
         self.num_side_operations = 0
         self.harmless: list[Tensor] = []
         """Memory that anybody may write at any time."""
-        self._current = self.compute
+        self.on_host = Host(self, "host")
+        """Make it the current stream for what the host computes between launches."""
+        self._current: Stream = self.compute
         self._num_streams = 0
         self._history: list[Access] = []
         self._patch = pytest.MonkeyPatch()
