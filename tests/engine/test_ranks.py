@@ -201,6 +201,22 @@ def _widths() -> dict[str, list[float]]:
     return found
 
 
+def _small_after_large(stage: int, offload: str) -> dict[str | None, set[float]]:
+    """Values of the gradients when a micro-step of 256 and eight of 1 were added up; by ``grad_accum_dtype``."""
+    found = {}
+    for kept in (None, "fp32", "bf16"):
+        options = {"precision": "bf16", "gradient_accumulation_steps": 9, "grad_accum_dtype": kept}
+        engine = make_engine(Tiny(), stage=stage, offload=offload, **options)
+        params = engine.parts.params
+        for size in (256.0, *[1.0] * 8):
+            engine.backward(size * sum(param.float().sum() for param in params), scale_wrt_gas=False)  # type: ignore[arg-type]
+            grads = [safe_get_full_grad(param) for param in params]
+            engine.step()
+        found[kept] = {value for grad in grads if grad is not None for value in grad.unique().tolist()}
+        engine.destroy()
+    return found
+
+
 def _overflow(stage: int, bad_rank: int) -> Outcome:
     rules = LossScaleSettings(initial_scale_power=1, hysteresis=1, min_scale=1.0)
     engine = make_engine(Tiny(), stage=stage, precision="fp16", loss_scale=rules)
@@ -280,6 +296,7 @@ def _everything() -> dict[Any, Any]:
             summed = make_engine(Tiny(), precision="bf16", gradient_accumulation_steps=2, **options)
             results["bf16 micro", stage, offload] = _train(summed, 2)
             results["uneven", stage, offload] = _uneven(stage, offload)
+            results["small after large", stage, offload] = _small_after_large(stage, offload)
         wire = make_engine(Tiny(), stage=stage, precision="bf16", communication_dtype="fp32")
         results["fp32 wire", stage] = _train(wire)
         options = {"stage": stage, "prescale_gradients": True, "gradient_predivide_factor": 4.0}
@@ -498,6 +515,14 @@ def test_sums_of_half_precision_gradients_lose_no_more_than_a_rounding_on_the_wi
     """Stage 1 sums in fp32 and rounds once for the wire, stage 2 rounds every micro-step for it, and sums in fp32."""
     for stage in (0, 1, 2):
         _close(ranks[0]["bf16 micro", stage, offload]["weights"], ranks[0]["bf16 micro", 0, "none"]["weights"], 2e-2)
+
+
+@STAGES
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_small_gradients_are_not_lost_in_a_large_sum(ranks: Ranks, stage: int, offload: str) -> None:
+    """256 and 1 is 256 in bf16, eight times over."""
+    for rank in ranks:
+        assert rank["small after large", stage, offload] == {None: {264.0}, "fp32": {264.0}, "bf16": {256.0}}
 
 
 @STAGES
