@@ -66,7 +66,8 @@ class OffloadOptimizer(Section):
     host_share: Share | None = applied(
         None,
         'Share of the offloaded states that host cores update with step_on "both".',
-        note="Ours. Unless it is given, it follows from the number of threads: a third with 16.",
+        note="Ours. Unless it is given, it follows from the number of threads (OMP_NUM_THREADS): a third with 16, so "
+        "results are equal to the bit only where that number is.",
     )
     nvme_path: AutoText | None = applied(None, "Directory for states on NVMe; every rank keeps a file there.")
     buffer_count: Positive = applied(4, "Staging buffers in host memory, each of a bucket's states.")

@@ -153,6 +153,14 @@ class LoneGrads(GradientStore):
                 if name not in self._filled:
                     self._forget(name)
 
+    def _forget_all(self) -> None:
+        if self._travels:
+            torch.cuda.synchronize(self._device)  # the last update may still be reading what the host overwrites
+        self._is_consumed = False
+        self._filled.clear()
+        for name in self._order:
+            self._forget(name)
+
     def _forget(self, name: str) -> None:
         """A parameter without a gradient counts as zero."""
         bucket, slot = self._places[name]
@@ -162,6 +170,8 @@ class LoneGrads(GradientStore):
 
     def norm_views(self) -> list[Tensor]:
         """On the way down their norms were taken; a norm's norm is the norm."""
+        if self._is_consumed:  # a step without a backward pass: there are no gradients
+            self._forget_all()
         return super().norm_views() if self._norms is None else list(self._norms.unbind())
 
     def shard(self, bucket: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""fp32 master weights and optimizer states: what a home for them must do, and the home on the device itself.
+"""fp32 master weights and optimizer states: what a home for them must do, and all homes of an engine together.
 
 A home is given pieces of buckets and steps them. Three homes exist::
 
-    DeviceHome     states stay on the device; the update runs on the compute stream       (this file)
+    DeviceHome     states stay on the device; the update runs on the compute stream       (device_home.py)
     StreamedHome   states stay in page-locked host memory and pass through the device     (offload_stream.py)
     HostHome       states stay on the host and a background thread updates them there     (offload_host.py)
 
@@ -23,12 +23,13 @@ from hf_zero_plugin.engine.buckets import BucketLayout, Piece
 from hf_zero_plugin.engine.grad_hooks import when_grad_is_there
 from hf_zero_plugin.engine.gradients import GradientStore
 from hf_zero_plugin.engine.optimizers import UpdateRule
-from hf_zero_plugin.engine.piece_states import FP32, PieceStates, StateTypes
+from hf_zero_plugin.engine.piece_states import FP32, StateTypes
+from hf_zero_plugin.errors import HfZeroError
 
 if TYPE_CHECKING:
     from hf_zero_plugin.engine.timeline import Timeline
 
-__all__ = ["Context", "DeviceHome", "Home", "MasterWeights", "StepInputs"]
+__all__ = ["Context", "Home", "MasterWeights", "StepInputs"]
 
 
 class StepInputs(NamedTuple):
@@ -84,6 +85,8 @@ class Home:
 
     timeline: Timeline | None = None
     """Told when work begins and ends, if somebody watches."""
+    is_broken = False
+    """An error has interrupted an update."""
 
     def __init__(self, context: Context, pieces: Sequence[Piece]) -> None:
         self.context = context
@@ -149,74 +152,6 @@ class Home:
         return False
 
 
-class DeviceHome(Home):
-    """States on the compute device, updated in place on the current stream."""
-
-    def __init__(self, context: Context, pieces: Sequence[Piece]) -> None:
-        super().__init__(context, pieces)
-        self._states = PieceStates(context.rule, self.pieces, context.types)
-        self._scratch: Tensor | None = None
-
-    def set_master(self, index: int, values: Tensor) -> None:
-        piece = self.pieces[index]
-        if self.context.types.master != values.dtype:
-            weight, dtype = self.context.weight_of(piece), self.context.types.master
-            # Narrow masters of weights of their type are the weights, as fp32 weights are their own masters.
-            is_weight = weight.dtype == dtype and weight.device == self.context.device
-            values = weight if is_weight else values.to(dtype)
-        self._states.start(index, values, self.context.groups[piece.group])
-
-    def step(self, inputs: StepInputs) -> None:
-        number = torch.full((), float(inputs.number), device=self.context.device)
-        for index, piece in enumerate(self.pieces):
-            grad = self._widen(self.context.grad_of(piece))
-            if inputs.multiplier is not None:
-                grad.mul_(inputs.multiplier)
-            self._states.update(index, grad, inputs.groups[piece.group], number, inputs.found_inf)
-            self._write_weight(index)
-            self.context.clear_grad(piece)
-            if self.last_piece_of_bucket[piece.bucket] == index:
-                self.context.finish_bucket(piece.bucket, self)
-
-    def _write_weight(self, index: int) -> None:
-        weight, master = self.context.weight_of(self.pieces[index]), self._states.masters[index]
-        assert master is not None
-        if weight.device != master.device:  # offloaded weights of states that are kept on the device
-            weight.copy_(master.view(-1).to(weight.dtype), non_blocking=True)
-        elif weight.data_ptr() != master.data_ptr():  # weights of the masters' type are their own masters
-            weight.copy_(master.view(-1))
-
-    def _widen(self, grad: Tensor) -> Tensor:
-        if grad.dtype == torch.float32:
-            return grad
-        if self._scratch is None:
-            longest = max(piece.numel for piece in self.pieces)
-            self._scratch = torch.empty(longest, dtype=torch.float32, device=self.context.device)
-        return self._scratch[: grad.numel()].copy_(grad)
-
-    def synchronize(self) -> None:
-        if self.context.device.type == "cuda" and any(
-            self.context.weights[piece.bucket].device.type == "cpu" for piece in self.pieces
-        ):
-            torch.cuda.synchronize(self.context.device)
-
-    def tensors(self, index: int) -> dict[str, Tensor]:
-        return self._states.tensors(index)
-
-    def load(self, index: int, tensors: dict[str, Tensor]) -> None:
-        self._states.load(index, tensors)
-
-    @property
-    def num_bytes(self) -> dict[str, int]:
-        sizes = self._states.num_bytes()
-        weights = [self.context.weights[piece.bucket] for piece in self.pieces]
-        if all(
-            weight.dtype == self.context.types.master and weight.device == self.context.device for weight in weights
-        ):
-            sizes["master weights"] = 0  # the weights themselves
-        return sizes
-
-
 class MasterWeights:
     """All homes of one engine. Pieces of one bucket may live in different homes."""
 
@@ -242,8 +177,20 @@ class MasterWeights:
         """A step may be launched before the host knows whether it must be skipped."""
         return all(home.skips_on_device for home in self.homes)
 
+    @property
+    def is_broken(self) -> bool:
+        return any(home.is_broken for home in self.homes)
+
+    def _refuse_if_broken(self) -> None:
+        if self.is_broken:
+            raise HfZeroError(
+                "an update of the weights was interrupted by an error, so that some have their new values and others "
+                "do not: go on from a checkpoint."
+            )
+
     def start_backward(self, *, prefetch: bool) -> None:
         """Gradients are about to be overwritten: the last update must have consumed them."""
+        self._refuse_if_broken()
         self.wait_all()
         self._prefetches = prefetch
         for home in self.homes:
@@ -262,11 +209,16 @@ class MasterWeights:
                 home.prefetch()
 
     def step(self, inputs: StepInputs) -> None:
-        # Homes on the device first: the streamed and host homes order themselves after the compute stream.
-        for home in self.homes:
-            home.step(inputs)
+        self._refuse_if_broken()
         self._pending = [True] * self.num_buckets
         self.any_pending = True
+        # Homes on the device first: the streamed and host homes order themselves after the compute stream.
+        for home in self.homes:
+            try:
+                home.step(inputs)
+            except BaseException:
+                home.is_broken = True
+                raise
 
     def launch_rest(self) -> None:
         """The caller of ``step`` goes on. Nobody needs to say so: whoever waits for a bucket does."""
@@ -274,6 +226,7 @@ class MasterWeights:
             home.launch_rest()
 
     def wait(self, bucket: int) -> None:
+        self._refuse_if_broken()
         if self._pending[bucket]:
             self.launch_rest()
             self._pending[bucket] = False
@@ -292,6 +245,7 @@ class MasterWeights:
             self.any_pending = False
 
     def synchronize(self) -> None:
+        self._refuse_if_broken()
         self.wait_all()
         for home in self.homes:
             home.synchronize()

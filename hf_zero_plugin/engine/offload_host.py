@@ -17,16 +17,20 @@ overflow skips the step goes down ahead of the gradients, so nobody waits for th
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hf_zero_plugin.engine.buckets import Piece
+from hf_zero_plugin.engine.carriers import Carriers
+from hf_zero_plugin.engine.host_threads import host_threads
 from hf_zero_plugin.engine.master_weights import Context, Home, StepInputs
 from hf_zero_plugin.engine.piece_states import PieceStates
 from hf_zero_plugin.engine.pinned import PinnedArena
@@ -42,6 +46,9 @@ class Job(NamedTuple):
     number: Tensor
     multiplier: float
     """For the gradients. Not used if they come from a device: then it is on its way down, ahead of them."""
+
+
+Jobs: TypeAlias = "queue.SimpleQueue[tuple[HostHome, Job] | None]"
 
 
 class HostHome(Home):
@@ -64,24 +71,25 @@ class HostHome(Home):
         self.place_states()
         longest = max((piece.numel for piece in self.pieces), default=0)
         self._scratch = torch.empty(longest)
-        self._arenas: list[PinnedArena] = []
-        self._down: dict[int, Tensor] = {}
-        self._up: dict[int, Tensor] = {}
+        crosses = self._on_cuda and not context.grads.is_on_host
+        weights = [context.weight_of(piece) for piece in self.pieces] if crosses else []
+        self._carriers = Carriers(weights, sums_in_fp32=context.sums_in_fp32, pin=pin_memory)
         if self._on_cuda:
-            self._make_buffers(pin_memory)
             self._copies = torch.cuda.Stream(context.device)
             self._uploads = torch.cuda.Stream(context.device)
             self._tick = torch.zeros(1, device=context.device)
             self._numbers = torch.zeros(2, pin_memory=torch.cuda.is_available())
             self._numbers_on_device = torch.zeros(2, device=context.device)
+        self._resting: set[int] = set()
+        """Pieces whose gradients are in host memory already."""
         self._grad_ready: dict[int, torch.cuda.Event] = {}
         self._uploaded: dict[int, torch.cuda.Event] = {}
         self._done = {bucket: threading.Event() for bucket in self._pieces_of}
         self._error: BaseException | None = None
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: Jobs = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if threaded and self.pieces:
-            self._start_thread(max(1, int(threads_share * torch.get_num_threads()) - num_spared))
+            self._start_thread(max(1, host_threads(threads_share, num_spared)))
 
     def place_states(self) -> None:
         """Make room for masters and states."""
@@ -96,23 +104,12 @@ class HostHome(Home):
     def _on_cuda(self) -> bool:
         return self.context.device.type == "cuda"
 
-    def _make_buffers(self, pin: bool) -> None:
-        """One buffer per piece carries the gradient down and, once that is consumed, the weights up."""
-        for dtype in sorted({self.context.weight_of(piece).dtype for piece in self.pieces}, key=str):
-            mine = [i for i, piece in enumerate(self.pieces) if self.context.weight_of(piece).dtype == dtype]
-            carried = torch.float32 if self.context.sums_in_fp32 else dtype
-            arena = PinnedArena(sum(self.pieces[i].numel for i in mine), pin=pin, dtype=carried)
-            self._arenas.append(arena)
-            self._down.update({i: arena.take(self.pieces[i].numel) for i in mine})
-            self._up.update({i: self._down[i].view(dtype)[: self.pieces[i].numel] for i in mine})
-
     def _start_thread(self, num_threads: int) -> None:
         for done in self._done.values():
             done.set()
-        # The thread must not keep its home alive, or destroying the engine would never end it.
-        self._thread = threading.Thread(
-            target=_work, args=(weakref.ref(self), self._jobs, num_threads), name="hf-zero-host-optimizer"
-        )
+        # The thread keeps a home alive while there is work to do, and no longer: otherwise an engine that nobody
+        # destroys would never end it.
+        self._thread = threading.Thread(target=_work, args=(self._jobs, num_threads), name="hf-zero-host-optimizer")
         self._thread.daemon = True
         self._thread.start()
         # Runs at exit too: a daemon thread that still holds page-locked memory then aborts the interpreter.
@@ -130,16 +127,16 @@ class HostHome(Home):
             self._send_numbers(inputs)
         elif inputs.multiplier is not None:
             multiplier = inputs.multiplier.item()
-        for bucket in self._pieces_of:
-            self._done[bucket].clear()
-            if self._on_cuda:
+        if self._on_cuda:
+            for bucket in self._pieces_of:
                 self._start_download(bucket)
         for bucket in self._pieces_of:
             job = Job(bucket, inputs, number, multiplier)
+            self._done[bucket].clear()
             if self._thread is None:
                 self.run(job)
             else:
-                self._jobs.put(job)
+                self._jobs.put((self, job))
 
     def _send_numbers(self, inputs: StepInputs) -> None:
         """Multiplier and overflow flag go down ahead of the gradients, so that nobody waits for them here."""
@@ -153,10 +150,26 @@ class HostHome(Home):
     def _start_download(self, bucket: int) -> None:
         with torch.cuda.stream(self._copies):
             for index in self._pieces_of[bucket]:
-                self._down[index].copy_(self.context.grad_of(self.pieces[index]), non_blocking=True)
-                self._tick.zero_()  # see offload_stream: others read numbers from the device meanwhile
-                self.context.clear_grad(self.pieces[index])
+                piece = self.pieces[index]
+                grad = self.context.grad_of(piece)
+                if self._is_here(grad):
+                    self._resting.add(index)
+                    continue  # on its way down already: the event below comes after it
+                self._download(index, grad)
+                self.context.clear_grad(piece)
             self._grad_ready[bucket] = self._copies.record_event()
+
+    def _is_here(self, grad: Tensor) -> bool:
+        """Gradients of offloaded weights may rest in host memory."""
+        return grad.device != self.context.device
+
+    def _download(self, index: int, grad: Tensor) -> None:
+        if grad.element_size() > self._carriers.down[index].element_size():  # micro-steps that nobody had announced
+            for stream in (self._copies, self._uploads):
+                stream.synchronize()
+            self._carriers.widen(index)
+        self._carriers.down[index].copy_(grad, non_blocking=True)
+        self._tick.zero_()  # see offload_stream: others read numbers from the device meanwhile
 
     def run(self, job: Job) -> None:
         """Update one bucket; on the worker thread, or inline without one."""
@@ -170,13 +183,14 @@ class HostHome(Home):
                     multiplier, is_skipped = self._numbers[0].item(), bool(self._numbers[1])
                 for index in self._pieces_of[job.bucket] if not is_skipped else ():
                     self._update_piece(index, job, multiplier)
+                for index in self._pieces_of[job.bucket]:
+                    if not self._on_cuda or index in self._resting:
+                        self.context.clear_grad(self.pieces[index])
                 if self._on_cuda:
                     with torch.cuda.stream(self._uploads):
                         self.context.finish_bucket(job.bucket, self)
                         self._uploaded[job.bucket] = self._uploads.record_event()
                 else:
-                    for index in self._pieces_of[job.bucket]:
-                        self.context.clear_grad(self.pieces[index])
                     self.context.finish_bucket(job.bucket, self)
                 if self.timeline is not None:
                     self.timeline.end_host_work(started)
@@ -189,20 +203,25 @@ class HostHome(Home):
 
     def _update_piece(self, index: int, job: Job, multiplier: float) -> None:
         piece = self.pieces[index]
-        grad = self._down[index] if self._on_cuda else self.context.grad_of(piece)
+        grad = self._grad_on_host(index)
         if grad.dtype != torch.float32:
             grad = self._scratch[: piece.numel].copy_(grad)
         if multiplier != 1.0:
             grad.mul_(multiplier)
         master = self.apply(index, grad, job)
         weight = self.context.weight_of(piece)
-        if self._on_cuda:
-            self._up[index].copy_(master)
+        if self._on_cuda and not self._is_here(weight):
+            up = self._carriers.up[index].copy_(master)
             with torch.cuda.stream(self._uploads):
-                weight.copy_(self._up[index], non_blocking=True)
+                weight.copy_(up, non_blocking=True)
         else:
             weight.copy_(master)
         self.finish_piece(index)
+
+    def _grad_on_host(self, index: int) -> Tensor:
+        if self._on_cuda and index not in self._resting:
+            return self._carriers.down[index]
+        return self.context.grad_of(self.pieces[index])
 
     def apply(self, index: int, grad: Tensor, job: Job) -> Tensor:
         """Update a piece by its fp32 gradient; return the new master, readable until ``finish_piece``."""
@@ -219,6 +238,7 @@ class HostHome(Home):
         done.wait()
         if self._error is not None:
             error, self._error = self._error, None
+            self.is_broken = True
             raise error
         if bucket in self._uploaded:
             torch.cuda.current_stream(self.context.device).wait_event(self._uploaded[bucket])
@@ -243,8 +263,14 @@ class HostHome(Home):
         if self._on_cuda:
             for stream in (self._copies, self._uploads):
                 stream.synchronize()
-        for arena in self._arenas:
-            arena.release()
+        self._carriers.release()
+
+    def __del__(self) -> None:
+        # The engine was dropped, and the thread has done all its work: the memory is not unlocked under a copy.
+        if not sys.is_finalizing():
+            with suppress(Exception):  # it may not have been made to its end
+                for stream in (self._copies, self._uploads) if self._on_cuda else ():
+                    stream.synchronize()
 
     @property
     def num_bytes(self) -> dict[str, int]:
@@ -252,8 +278,7 @@ class HostHome(Home):
 
     @property
     def buffer_bytes(self) -> int:
-        carried = sum(buffer.numel() * buffer.element_size() for buffer in self._down.values())
-        return carried + self._scratch.numel() * 4
+        return self._carriers.num_bytes + self._scratch.numel() * 4
 
     @property
     def skips_on_device(self) -> bool:
@@ -265,20 +290,19 @@ class HostHome(Home):
         return True
 
 
-def _stop(jobs: queue.SimpleQueue[Job | None], thread: threading.Thread) -> None:
+def _stop(jobs: Jobs, thread: threading.Thread) -> None:
     jobs.put(None)
     if thread is not threading.current_thread():
         thread.join()
 
 
-def _work(home_ref: weakref.ref[HostHome], jobs: queue.SimpleQueue[Job | None], num_threads: int) -> None:
+def _work(jobs: Jobs, num_threads: int) -> None:
     # A new thread has no thread count of its own until the first query; set before that, the count would be undone
     # by the first parallel call. See torch.get_num_threads.
     torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    while (job := jobs.get()) is not None:
-        home = home_ref()
-        if home is None:
-            return
+    while (work := jobs.get()) is not None:
+        home, job = work
+        del work
         home.run(job)
-        del home
+        del home, job

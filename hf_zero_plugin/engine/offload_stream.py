@@ -46,7 +46,6 @@ from hf_zero_plugin.engine.leaving import LeavingBuffers
 from hf_zero_plugin.engine.master_weights import Context, Home, StepInputs
 from hf_zero_plugin.engine.pinned import PinnedArena
 from hf_zero_plugin.engine.staging_room import StagingRoom, pieces_ahead
-from hf_zero_plugin.errors import HfZeroError
 
 __all__ = ["StreamedHome"]
 
@@ -91,7 +90,6 @@ class StreamedHome(Home):
         self._alive: Any = None
         self._rest: tuple[StepInputs, Tensor] | None = None
         """What ``launch_rest`` has still to do, and with what."""
-        self._is_broken = False
 
     def set_master(self, index: int, values: Tensor) -> None:
         master, *states = self._rows_of(self._slabs[index], self.pieces[index])
@@ -180,7 +178,6 @@ class StreamedHome(Home):
     # ---------------------------------------------------------------- the step
 
     def step(self, inputs: StepInputs) -> None:
-        self._refuse_if_broken()
         self.launch_rest()
         self.prefetch()  # activations are all gone by now
         device = self.context.device
@@ -210,7 +207,7 @@ class StreamedHome(Home):
         try:
             self._launch(inputs, number)
         except BaseException:
-            self._is_broken = True
+            self.is_broken = True
             self.synchronize()  # nobody may get the memory of a buffer that copies still use
             raise
         finally:
@@ -285,15 +282,7 @@ class StreamedHome(Home):
 
     # ---------------------------------------------------------------- after the step
 
-    def _refuse_if_broken(self) -> None:
-        if self._is_broken:
-            raise HfZeroError(
-                "an update of the weights was interrupted by an error, so that some have their new values and others "
-                "do not: go on from a checkpoint."
-            )
-
     def wait(self, bucket: int) -> None:
-        self._refuse_if_broken()
         self._leaving.reap()
         current = torch.cuda.current_stream(self.context.device)
         # The compute stream too, if the memory of gradients is its own and free for it from here on.

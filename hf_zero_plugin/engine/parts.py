@@ -92,7 +92,8 @@ class Assembly:
 
     def close(self) -> None:
         try:
-            self.synchronize()
+            if self.masters is None or not self.masters.is_broken:
+                self.synchronize()
         finally:  # an update that failed must not keep its thread and hooks alive
             self._detach()
 

@@ -9,6 +9,7 @@
     N      device       device                    ShardedGrads       as for 1
     N      host         device, if small enough   ShardedGrads       device, or host and streamed through the device
     N      host         host                      ShardedGrads       host, otherwise or with "step_on": "host"
+    any    either       device                    as above           "both": streamed through the device and the host
     any    either       where weights are         either             NVMe, "device": "nvme": host cores
 
 Whole parameters, which are small, go the way of stage 1 with states on the device.
@@ -28,11 +29,12 @@ from hf_zero_plugin.config.settings import EngineSettings
 from hf_zero_plugin.engine import assembly, initial_values, state_homes
 from hf_zero_plugin.engine.buckets import BucketLayout, Piece, Slot, cut_pieces, cut_whole_parameters
 from hf_zero_plugin.engine.client_home import ClientHome
+from hf_zero_plugin.engine.device_home import DeviceHome
 from hf_zero_plugin.engine.device_memory import capacity_bytes
 from hf_zero_plugin.engine.flat import FlatWeights
 from hf_zero_plugin.engine.gradients import ReduceOptions
 from hf_zero_plugin.engine.lone_grads import LoneGrads
-from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home, MasterWeights
+from hf_zero_plugin.engine.master_weights import Context, Home, MasterWeights
 from hf_zero_plugin.engine.offload_host import HostHome
 from hf_zero_plugin.engine.offload_nvme import NvmeHome
 from hf_zero_plugin.engine.optimizers import TorchRule, UpdateRule
@@ -250,7 +252,7 @@ def _make_homes(
         on_device = sharded._replace(device=parts.device)
         return [device_home, *state_homes.make_homes(parts, settings, on_device, None, plan.sharded)]
     _tell_what_does_not_apply(parts, settings)
-    threaded = parts.device.type == "cuda" or offload.step_on == "host"
+    threaded = parts.device.type == "cuda" or offload.step_on in ("host", "both")
     if offload.device == "nvme":
         cut = list(_cut(plan.sharded, rule, parts, state_homes.STREAM_PIECE_NUMEL))
         return [device_home, NvmeHome(sharded, cut, offload, settings.aio, threaded=threaded)]
@@ -263,7 +265,7 @@ def _tell_what_does_not_apply(parts: Assembly, settings: EngineSettings) -> None
     offload = settings.offload_optimizer
     if parts.device.type != "cuda" or parts.sharding.rank or offload.device != "cpu":
         return
-    asked = {"ratio": offload.ratio != 1.0, "step_on": offload.step_on == "device"}
+    asked = {"ratio": offload.ratio != 1.0, "step_on": offload.step_on in ("device", "both")}
     if names := [name for name, is_asked in asked.items() if is_asked]:
         why = "a rank's gradients take more than a quarter of its GPU, or the optimizer's states cannot be streamed"
         if offload.step_on == "host":

@@ -23,8 +23,10 @@ import torch
 from hf_zero_plugin.config.settings import EngineSettings, OffloadOptimizerSettings
 from hf_zero_plugin.engine.buckets import BucketLayout, Piece, cut_pieces, cut_whole_parameters
 from hf_zero_plugin.engine.client_home import ClientHome
+from hf_zero_plugin.engine.device_home import DeviceHome
+from hf_zero_plugin.engine.host_threads import host_threads
 from hf_zero_plugin.engine.low_precision import DTYPES
-from hf_zero_plugin.engine.master_weights import Context, DeviceHome, Home
+from hf_zero_plugin.engine.master_weights import Context, Home
 from hf_zero_plugin.engine.offload_host import HostHome
 from hf_zero_plugin.engine.offload_nvme import NvmeHome
 from hf_zero_plugin.engine.offload_stream import StreamedHome
@@ -36,7 +38,14 @@ from hf_zero_plugin.errors import ConfigError, UnsupportedFeature
 
 logger = logging.getLogger("hf_zero_plugin")
 
-__all__ = ["make_homes", "refuse_cut_parameters", "refuse_own_states_on_nvme", "state_types"]
+__all__ = [
+    "host_share",
+    "interleaved",
+    "make_homes",
+    "refuse_cut_parameters",
+    "refuse_own_states_on_nvme",
+    "state_types",
+]
 
 STREAM_PIECE_NUMEL = 12 * 2**20
 """Elements per piece that passes through the device: each of two slots takes (K + 1) * 4 bytes of device memory per
@@ -67,6 +76,8 @@ def make_homes(
     if client is not None or not context.rule.elementwise:
         refuse_cut_parameters(context.rule, client, sharding)
         pieces = [piece for layout in layouts for piece in cut_whole_parameters(layout)]
+        if offload.step_on == "both" and to_host:
+            _tell_that_both_does_nothing("this optimizer looks at whole parameters", sharding.rank)
         if client is None:
             return [HostHome(context, pieces) if to_host else DeviceHome(context, pieces)]
         indices = [slot.spec.index for layout in layouts for slot in layout.slots]
@@ -85,37 +96,60 @@ def make_homes(
     kept, moved = _split_by_ratio(pieces, context, settings)
     pin, threads_share = offload.pin_memory, offload.host_threads_share
     if streams:
-        hosted = _interleaved(moved, _host_share(offload, context)) if offload.step_on == "both" else []
-        streamed = StreamedHome(context, [piece for piece in moved if piece not in hosted], pin_memory=pin)
+        hosted = interleaved(moved, host_share(offload, context, sharding.rank))
+        beside = {id(piece) for piece in hosted}
+        streamed = StreamedHome(context, [piece for piece in moved if id(piece) not in beside], pin_memory=pin)
         homes: list[Home] = [DeviceHome(context, kept), streamed]
         if hosted:
             homes.append(HostHome(context, hosted, pin_memory=pin, threads_share=threads_share, num_spared=_NUM_SPARED))
         return homes
+    if offload.step_on == "both" and parts.device.type == "cuda":
+        _tell_that_both_does_nothing("these states cannot be streamed through the device", sharding.rank)
     # Without a device to overlap with, a second thread would only fight the first for the cores.
-    threaded = parts.device.type == "cuda" or offload.step_on == "host"
+    threaded = parts.device.type == "cuda" or offload.step_on in ("host", "both")
     if offload.device == "nvme":
         return [DeviceHome(context, kept), NvmeHome(context, moved, offload, settings.aio, threaded=threaded)]
     host = HostHome(context, moved, pin_memory=pin, threaded=threaded, threads_share=threads_share)
     return [DeviceHome(context, kept), host]
 
 
-def _host_share(offload: OffloadOptimizerSettings, context: Context) -> float:
-    if not context.is_alone:  # the host's thread would gather weights while the main thread gathers others
-        logger.warning(
-            '$.zero_optimization.offload_optimizer.step_on: "both" has no effect at stages 1 and 2 on several ranks: '
-            "the accelerators compute the whole update."
-        )
+def host_share(offload: OffloadOptimizerSettings, context: Context, rank: int = 0) -> float:
+    """Share of the offloaded states that host cores update where the device updates the rest. Tells what is chosen."""
+    if offload.step_on != "both":
         return 0.0
-    if offload.host_share is not None:
-        return offload.host_share
-    num_threads = int(offload.host_threads_share * torch.get_num_threads()) - _NUM_SPARED
+    if not context.is_alone:  # the host's thread would gather weights while the main thread gathers others
+        _tell_that_both_does_nothing("there are several ranks, at a stage below 3", rank)
+        return 0.0
+    num_threads = host_threads(offload.host_threads_share, _NUM_SPARED)
     host = max(0, num_threads) * THREAD_NUMEL_PER_S
-    return host / (host + LINK_NUMEL_PER_S)
+    share = offload.host_share if offload.host_share is not None else host / (host + LINK_NUMEL_PER_S)
+    if num_threads < 1:
+        logger.warning(
+            '$.zero_optimization.offload_optimizer.step_on: "both", but there are only %d threads for the host\'s part '
+            "(torch.get_num_threads(), which OMP_NUM_THREADS sets; %d are left to launch kernels). %s",
+            num_threads + _NUM_SPARED,
+            _NUM_SPARED,
+            "The device updates everything." if share == 0 else f"One of them updates {share:.0%} of the states.",
+        )
+    else:
+        logger.info("offloaded states: %d host threads update %.0f %%, the device the rest", num_threads, 100 * share)
+    return share
 
 
-def _interleaved(pieces: list[Piece], share: float) -> list[Piece]:
-    """Every 1/share-th: both who update work in the order in which the next forward pass needs the weights."""
-    return [piece for i, piece in enumerate(pieces) if int((i + 1) * share) > int(i * share)]
+def _tell_that_both_does_nothing(why: str, rank: int) -> None:
+    if rank == 0:
+        logger.warning('$.zero_optimization.offload_optimizer.step_on: "both" is the same as "auto" here: %s.', why)
+
+
+def interleaved(pieces: Sequence[Piece], share: float) -> list[Piece]:
+    """``share`` of the elements, evenly: both who update work in the order in which the forward pass needs weights."""
+    chosen, seen, taken = [], 0, 0
+    for piece in pieces:
+        seen += piece.numel
+        if taken + piece.numel <= share * seen + 0.5:
+            chosen.append(piece)
+            taken += piece.numel
+    return chosen
 
 
 def _split_by_ratio(pieces: list[Piece], context: Context, settings: EngineSettings) -> tuple[list[Piece], list[Piece]]:

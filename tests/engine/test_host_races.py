@@ -14,10 +14,12 @@ from torch import Tensor
 
 from hf_zero_plugin.engine import assembly, offload_stream, staging_room
 from hf_zero_plugin.engine.buckets import cut_pieces
-from hf_zero_plugin.engine.master_weights import DeviceHome, Home
+from hf_zero_plugin.engine.device_home import DeviceHome
+from hf_zero_plugin.engine.master_weights import Home
 from hf_zero_plugin.engine.offload_host import HostHome, Job
 from hf_zero_plugin.engine.offload_stream import StreamedHome
-from hf_zero_plugin.engine.state_homes import _interleaved
+from hf_zero_plugin.engine.state_homes import interleaved
+from hf_zero_plugin.errors import HfZeroError
 
 from .races import RaceDetector
 from .test_races import AFTER_STEP, WIDTH, Room, _engine, _train
@@ -28,6 +30,11 @@ class Beside(HostHome):
 
     detector: RaceDetector
     _on_cuda = True
+    gradients_are_here = False
+    """As with weights that are offloaded too: they rest in host memory."""
+
+    def _is_here(self, grad: Tensor) -> bool:
+        return self.gradients_are_here
 
     def run(self, job: Job) -> None:
         with torch.cuda.stream(self.detector.on_host):  # type: ignore[arg-type]
@@ -44,7 +51,7 @@ def _split(monkeypatch: pytest.MonkeyPatch, detector: RaceDetector, share: float
     def homes(parts: Any, settings: Any, context: Any, client: Any, layouts: Any) -> list[Home]:
         shards = [(layout, parts.sharding.shard_of(layout)) for layout in layouts]
         pieces = [piece for layout, shard in shards for piece in cut_pieces(layout, shard, max_numel=100)]
-        hosted = _interleaved(pieces[kept:], share)
+        hosted = interleaved(pieces[kept:], share)
         streamed = [piece for piece in pieces[kept:] if piece not in hosted]
         made: list[Home] = [DeviceHome(context, pieces[:kept]), StreamedHome(context, streamed, pin_memory=False)]
         beside = Beside(context, hosted, pin_memory=False, threaded=False)
@@ -96,6 +103,65 @@ def test_whoever_looks_after_a_step_waits_for_both(looks: str, monkeypatch: pyte
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
+def test_gradients_that_rest_on_the_host_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = _train(_engine("bf16", "none"))
+    monkeypatch.setattr(Beside, "gradients_are_here", True)
+    with RaceDetector() as detector:
+        _split(monkeypatch, detector, 0.5)
+        engine = _engine("bf16", "cpu")
+        monkeypatch.setattr(_beside(engine), "_download", None)
+        found = _train(engine)
+        engine.destroy()
+    assert detector.races == []
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_sums_that_nobody_announced_widen_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two micro-steps by ``no_sync`` instead of gradient_accumulation_steps: in fp16 their sum would overflow."""
+    results = []
+    for device in ("none", "cpu"):
+        with RaceDetector() as detector:
+            _split(monkeypatch, detector, 0.5, kept=10**6 if device == "none" else 0)
+            engine = _engine("fp16", device, grad_accum_dtype="fp32")
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(3):
+                x = torch.randn(3, WIDTH, generator=generator).half()
+                with engine.no_sync():
+                    engine.backward(engine(x).float().square().mean() * 40)
+                engine.backward(engine(x).float().square().mean() * 40)
+                engine.step()
+                assert engine.skipped_steps == 0
+            engine.synchronize()
+            results.append([param.detach().clone() for param in engine.module.parameters()])
+            engine.destroy()
+        assert detector.races == []
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_an_error_while_a_step_is_launched_ends_the_training_and_hangs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with RaceDetector() as detector:
+        _split(monkeypatch, detector, 0.5)
+        engine = _engine("bf16", "cpu")
+        _train(engine, 1)
+        home = _beside(engine)
+        download, last = home._download, len(home.pieces) - 1
+
+        def fails(index: int, grad: Tensor) -> None:
+            if index == last:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            download(index, grad)
+
+        monkeypatch.setattr(home, "_download", fails)
+        engine.backward(engine(torch.ones(3, WIDTH).bfloat16()).float().square().mean())
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.step()
+        for use in (engine.synchronize, engine.step, lambda: engine(torch.ones(3, WIDTH).bfloat16())):
+            with pytest.raises(HfZeroError, match=r"interrupted by an error.*from a checkpoint"):
+                use()
+        engine.destroy()
+    assert detector.races == []
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     return None
 
@@ -140,8 +206,8 @@ def test_sums_of_micro_steps_cross_in_fp32(monkeypatch: pytest.MonkeyPatch) -> N
     with RaceDetector() as detector:
         _split(monkeypatch, detector, 1.0)
         engines = {micros: _engine("bf16", "cpu", micros) for micros in (1, 2)}
-        down: dict[int, Tensor] = {micros: _beside(engine)._down[0] for micros, engine in engines.items()}
-        up = {micros: _beside(engine)._up[0] for micros, engine in engines.items()}
+        down: dict[int, Tensor] = {micros: _beside(engine)._carriers.down[0] for micros, engine in engines.items()}
+        up = {micros: _beside(engine)._carriers.up[0] for micros, engine in engines.items()}
     assert [down[micros].dtype for micros in (1, 2)] == [torch.bfloat16, torch.float32]
     assert all(up[n].dtype == torch.bfloat16 and up[n].data_ptr() == down[n].data_ptr() for n in (1, 2))
     assert all(up[n].shape == down[n].shape for n in (1, 2))

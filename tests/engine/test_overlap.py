@@ -6,7 +6,6 @@ arrives first. A missing wait then gives stale weights with near certainty.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import io
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from hf_zero_plugin.engine import assembly, readiness
 from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.engine.optimizers import AdamRule
+from hf_zero_plugin.errors import HfZeroError
 from hf_zero_plugin.integration.tensor_access import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from hf_zero_plugin.integration.zero_api import GatheredParameters
 
@@ -266,8 +266,8 @@ def test_moments_can_be_read_right_after_a_step() -> None:
     engine.destroy()
 
 
-def test_an_error_in_the_worker_surfaces_in_the_main_thread_and_destroy_still_cleans_up(
-    monkeypatch: pytest.MonkeyPatch,
+def test_an_error_in_the_worker_surfaces_in_the_main_thread_and_nobody_goes_on_without_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     engine = make_engine(Deep(), offload="host thread")
     _one_step(engine)
@@ -280,8 +280,16 @@ def test_an_error_in_the_worker_surfaces_in_the_main_thread_and_destroy_still_cl
     _one_step(engine, 1)
     with pytest.raises(ZeroDivisionError, match="in the worker"):
         engine.synchronize()
-    with contextlib.suppress(ZeroDivisionError):  # every bucket failed: there is more than one error to tell
-        engine.destroy()
+    for use in (
+        lambda: engine(batch(2)),
+        lambda: list(engine.module.parameters()),
+        lambda: engine.save_checkpoint(str(tmp_path)),
+        engine.step,
+    ):
+        with pytest.raises(HfZeroError, match=r"interrupted by an error.*from a checkpoint"):
+            use()
+    assert not list(tmp_path.iterdir())
+    engine.destroy()
     assert not _threads()
     assert not any(module._forward_pre_hooks for module in engine.module.modules())
     assert "named_parameters" in nn.Module.__dict__
@@ -323,6 +331,23 @@ def test_an_engine_that_is_dropped_without_destroy_ends_its_thread() -> None:
     while _threads() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not _threads()
+
+
+@pytest.mark.usefixtures("slow_worker")
+@pytest.mark.parametrize("offload", ["host thread", "cpu"])
+def test_an_engine_that_is_dropped_right_after_a_step_has_taken_it(offload: str) -> None:
+    model, other = Deep(), Deep()
+    engine, wanted = make_engine(model, offload=offload), make_engine(other, offload="none")
+    for one in (engine, wanted):
+        _one_step(one)
+    del engine, one
+    deadline = time.monotonic() + 30
+    while _threads() and time.monotonic() < deadline:
+        gc.collect()  # not before its work is done
+        time.sleep(0.01)
+    assert not _threads()
+    wanted.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 SCRIPT = """

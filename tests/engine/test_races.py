@@ -83,13 +83,16 @@ def _watched(detector: RaceDetector, engine: ZeroEngine) -> ZeroEngine:
     return engine
 
 
-def _engine(precision: str, device: str, micros: int = 1, **offload: Any) -> ZeroEngine:
+def _engine(
+    precision: str, device: str, micros: int = 1, grad_accum_dtype: str | None = None, **offload: Any
+) -> ZeroEngine:
     settings = EngineSettings(
         stage=2,
         precision=precision,  # type: ignore[arg-type]
         loss_scale=LossScaleSettings(initial_scale_power=8, window=4) if precision == "fp16" else None,
         gradient_clipping=0.7,
         gradient_accumulation_steps=micros,
+        grad_accum_dtype=grad_accum_dtype,  # type: ignore[arg-type]
         optimizer=OptimizerSettings(type="AdamW", params={"lr": 1e-2}),
         offload_optimizer=OffloadOptimizerSettings(device=device, **offload),  # type: ignore[arg-type]
     )

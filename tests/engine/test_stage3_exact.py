@@ -14,7 +14,7 @@ import torch
 
 from tests.helpers import run_ranks
 
-from .stage3 import Net, engine_for, train
+from .stage3 import Net, batch, engine_for, loss_of, train
 
 pytestmark = pytest.mark.slow
 
@@ -80,3 +80,24 @@ def test_equals_the_other_stage(precision: str, small: str, micros: int, runs: d
             msg=lambda m, name=name: f"{name}: {m}",
         )
     assert found["norms"] == pytest.approx(wanted["norms"], rel=max(ROUNDING[precision] / 10, 1e-5))
+
+
+def _steps_twice() -> dict[str, list[float]]:
+    norms: dict[str, list[float]] = {}
+    for name, options in {"stage 2": {"stage": 2}, "stage 3": {}, **OFFLOADS}.items():
+        engine, norms[name] = engine_for(_model(), **options), []
+        for step in range(2):
+            engine.backward(loss_of(engine, batch(step)))
+            for _ in range(2):
+                engine.step()
+                norms[name].append(engine.get_global_grad_norm())
+        engine.destroy()
+    return norms
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_second_step_without_a_backward_pass_has_no_gradients(world_size: int) -> None:
+    norms = run_ranks(_steps_twice, world_size, timeout_s=200.0)[0]
+    for name, found in norms.items():
+        assert [found[1], found[3]] == [0.0, 0.0], name
+        assert found == pytest.approx(norms["stage 2"], rel=1e-4), name

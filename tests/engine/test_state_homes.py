@@ -10,27 +10,34 @@ import pytest
 import torch
 
 from hf_zero_plugin.config.settings import OffloadOptimizerSettings
-from hf_zero_plugin.engine.state_homes import _host_share, _interleaved
+from hf_zero_plugin.engine.host_threads import host_threads
+from hf_zero_plugin.engine.state_homes import host_share, interleaved
 
 ALONE: Any = SimpleNamespace(is_alone=True)
 
 
+@pytest.mark.parametrize("sizes", [[1], [12, 4], [3, 12, 1]], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 1.0])
-def test_the_host_gets_its_share_evenly_and_not_the_first_piece(share: float) -> None:
-    pieces: Any = list(range(40))
-    hosted = _interleaved(pieces, share)
-    assert len(hosted) == round(40 * share)
-    for end in range(1, 41):
-        assert abs(sum(piece < end for piece in hosted) - share * end) < 1
-    assert 0 not in hosted or share == 1
+def test_the_host_gets_its_share_evenly_and_not_the_first_piece(share: float, sizes: list[int]) -> None:
+    pieces: Any = [SimpleNamespace(numel=1000 * size) for size in 40 * sizes]
+    hosted = interleaved(pieces, share)
+    ids = {id(piece) for piece in hosted}
+    assert id(pieces[0]) not in ids or share == 1
+    seen = taken = 0
+    for piece in pieces:
+        seen += piece.numel
+        taken += piece.numel * (id(piece) in ids)
+        assert taken <= share * seen + 1
+        assert taken > share * seen - 2 * 12_000, "never more than a piece or two behind"
+    assert taken == sum(piece.numel for piece in hosted)
 
 
 def test_the_share_follows_from_the_threads_unless_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = []
     for threads in (1, 2, 4, 16, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        shares.append(_host_share(OffloadOptimizerSettings(step_on="both"), ALONE))
-        assert _host_share(OffloadOptimizerSettings(step_on="both", host_share=0.25), ALONE) == 0.25
+        shares.append(host_share(OffloadOptimizerSettings(step_on="both"), ALONE))
+        assert host_share(OffloadOptimizerSettings(step_on="both", host_share=0.25), ALONE) == 0.25
     assert shares[:2] == [0, 0], "no thread to spare"
     assert shares == sorted(shares)
     assert 0.25 < shares[3] < 0.4
@@ -39,5 +46,31 @@ def test_the_share_follows_from_the_threads_unless_it_is_given(monkeypatch: pyte
 def test_ranks_that_gather_leave_it_to_their_devices(caplog: pytest.LogCaptureFixture) -> None:
     offload = OffloadOptimizerSettings(step_on="both", host_share=0.5)
     with caplog.at_level(logging.WARNING, logger="hf_zero_plugin"):
-        assert _host_share(offload, SimpleNamespace(is_alone=False)) == 0  # type: ignore[arg-type]
-    assert "stages 1 and 2 on several ranks" in caplog.text
+        assert host_share(offload, SimpleNamespace(is_alone=False)) == 0  # type: ignore[arg-type]
+    assert 'step_on: "both" is the same as "auto" here: there are several ranks' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [(None, "The device updates everything"), (0.5, "One of them updates 50% of the states")]
+)
+def test_too_few_threads_are_told(
+    given: float | None, told: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun lets each of several processes have one."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with caplog.at_level(logging.WARNING, logger="hf_zero_plugin"):
+        host_share(OffloadOptimizerSettings(step_on="both", host_share=given), ALONE)
+    assert "there are only 1 threads" in caplog.text
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("omp", "ranks", "expected"), [(None, "4", 2), ("8", "4", 6), (None, None, 14), (None, "40", -1)]
+)
+def test_ranks_of_a_machine_divide_its_cores(
+    omp: str | None, ranks: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8 if omp else 16)
+    for name, value in (("OMP_NUM_THREADS", omp), ("LOCAL_WORLD_SIZE", ranks)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert host_threads(1.0, spared=2) == expected
