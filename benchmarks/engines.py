@@ -60,12 +60,17 @@ def engine_config(
     budget_gib: float | None = None,
     share: float | None = None,
 ) -> dict[str, Any] | None:
-    """The ds_config of a cell, or None."""
+    """The ds_config of a cell, or None. There is no file for zero1_offload: it is zero1 with its states offloaded."""
     name = config_name(engine, asked)
     if name is None:
         return None
-    config: dict[str, Any] = json.loads((ROOT / "configs" / f"{name}.json").read_text())
+    path, adds_offload = ROOT / "configs" / f"{name}.json", False
+    if not path.exists() and name.endswith("_offload"):
+        path, adds_offload = ROOT / "configs" / f"{name.removesuffix('_offload')}.json", True
+    config: dict[str, Any] = json.loads(path.read_text())
     zero = config["zero_optimization"]
+    if adds_offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if engine == "ours-device":
         zero.pop("offload_optimizer", None)
         zero.pop("offload_param", None)

@@ -11,7 +11,7 @@ list the names. BATCH is per GPU. A value a/b/c stands for as many cells. Option
 
     accumulation, length, checkpointing (0 or 1), steps, warmup, dropout
     turns        in place of rounds: the cell's engines are loaded at once and take so many turns (turns.py)
-    config       file of configs/ without .json, for ours and deepspeed
+    config       file of configs/ without .json, for ours and deepspeed (zero1_offload: zero1, states offloaded)
     ratio        offload_optimizer.ratio; budget: GiB for ours-auto; share: host_share for ours-both
     gpus         processes over as many GPUs (NCCL; gloo without GPUs)
     losses       1: record every step's loss

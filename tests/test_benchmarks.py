@@ -113,6 +113,11 @@ def test_engines_change_what_their_names_say() -> None:
         return engine_config(engine, **asked)["zero_optimization"].get("offload_optimizer")  # type: ignore[index]
 
     assert engine_config("plain") is None
+    stage1 = engine_config("deepspeed", "zero1_offload")
+    assert stage1 is not None and stage1["zero_optimization"]["stage"] == 1
+    assert offload("ours", asked="zero1_offload") == {"device": "cpu", "pin_memory": True}
+    assert offload("ours", asked="zero1") is None
+    assert offload("ours-both", share=0.4)["host_share"] == 0.4
     assert offload("ours-device") is None
     assert offload("ours-host")["step_on"] == "host"
     assert offload("ours", ratio=0.5)["ratio"] == 0.5

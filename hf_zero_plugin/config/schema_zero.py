@@ -61,7 +61,8 @@ class OffloadOptimizer(Section):
         "streamed through it, or both, each a share.",
         note='Ours. "auto": the accelerator if there is one; with offload_param on several ranks, if a rank\'s '
         'gradients fit into a quarter of its memory and the states are offloaded. "both" is faster for models of '
-        "billions of parameters, if host cores are idle; stages 1 and 2 on several ranks: the accelerator.",
+        "billions of parameters, if host cores are idle; it needs stage 3 where there are several ranks, and is the "
+        "host's alone without an accelerator.",
     )
     host_share: Share | None = applied(
         None,

@@ -37,6 +37,12 @@ PLACES: dict[str, dict[str, Any]] = {
         "states_on": "cpu",
         "offload": {"step_on": "both", "host_share": 0.4},
     },
+    "both offloaded, gradients too, updated by both": {
+        "params_on": "cpu",
+        "states_on": "cpu",
+        "gradients_on": "cpu",
+        "offload": {"step_on": "both", "host_share": 0.4},
+    },
     "both offloaded, host threads": {"params_on": "cpu", "states_on": "cpu", "offload": {"step_on": "host"}},
     "weights offloaded, half of the states": {"params_on": "cpu", "states_on": "cpu", "offload": {"ratio": 0.5}},
 }
