@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -70,34 +71,47 @@ def save_engine(
     save_latest: bool,
     exclude_frozen: bool,
 ) -> bool:
-    """Write into ``TAG.tmp`` and rename when every rank is done, so that a crash never leaves half a checkpoint."""
+    """Write into ``TAG.tmp`` and rename when every rank is done, so that a crash never leaves half a checkpoint.
+
+    Raises:
+        CheckpointError: another rank could not write. That rank raises what has happened to it.
+    """
     engine.synchronize()
     tag = tag or f"global_step{engine.global_steps}"
     _check_tag(engine, tag)
     root = Path(save_dir)
-    final, work = root / tag, root / f"{tag}.tmp"
-    if _leads(engine):
-        shutil.rmtree(work, ignore_errors=True)
-    _barrier(engine)
-    work.mkdir(parents=True, exist_ok=True)
+    work = root / f"{tag}.tmp"
+    with _together(engine):
+        if _leads(engine):
+            shutil.rmtree(work, ignore_errors=True)
+    with _together(engine):
+        work.mkdir(parents=True, exist_ok=True)
+        _write_pieces(engine, work)
+    with _together(engine):
+        write_untrained(engine, work / MODULE_FILE, writes=_leads(engine), exclude_frozen=exclude_frozen)
+        if _leads(engine):
+            schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
+            torch.save({"client_state": client_state, "lr_scheduler": schedule}, work / CLIENT_FILE)
+            (work / STATE_FILE).write_text(json.dumps(_state(engine), indent=1))
+    with _together(engine):
+        if _leads(engine):
+            _put_in_place(root, tag, save_latest)
+    return True
+
+
+def _write_pieces(engine: ZeroEngine, work: Path) -> None:
     if engine.parts.masters is not None and engine.parts.sharding.shard == _writer(engine):
         shard, num_shards = engine.parts.sharding.shard, engine.parts.sharding.num_shards
         write_shard(work, shard, num_shards, _my_slices(engine))
-    write_untrained(engine, work / MODULE_FILE, writes=_leads(engine), exclude_frozen=exclude_frozen)
-    if _leads(engine):
-        schedule = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
-        torch.save({"client_state": client_state, "lr_scheduler": schedule}, work / CLIENT_FILE)
-        (work / STATE_FILE).write_text(json.dumps(_state(engine), indent=1))
-    _barrier(engine)
-    if _leads(engine):
-        shutil.rmtree(final, ignore_errors=True)
-        work.rename(final)
-        if save_latest:
-            # Written aside and renamed: a machine that goes down now must not leave it empty.
-            (root / f"{LATEST}.tmp").write_text(tag)
-            (root / f"{LATEST}.tmp").rename(root / LATEST)
-    _barrier(engine)
-    return True
+
+
+def _put_in_place(root: Path, tag: str, save_latest: bool) -> None:
+    shutil.rmtree(root / tag, ignore_errors=True)
+    (root / f"{tag}.tmp").rename(root / tag)
+    if save_latest:
+        # Written aside and renamed: a machine that goes down now must not leave it empty.
+        (root / f"{LATEST}.tmp").write_text(tag)
+        (root / f"{LATEST}.tmp").rename(root / LATEST)
 
 
 def _leads(engine: ZeroEngine) -> bool:
@@ -159,9 +173,26 @@ def _check_tag(engine: ZeroEngine, tag: str) -> None:
         logger.warning(message)
 
 
-def _barrier(engine: ZeroEngine) -> None:
+@contextlib.contextmanager
+def _together(engine: ZeroEngine) -> Iterator[None]:
+    """Every rank does its part, and no rank goes on until all have: if one fails, nobody does."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
     if engine.world_size > 1:
-        dist.barrier(group=engine.group)
+        told: list[str | None] = [None] * engine.world_size
+        text = f"{type(failure).__name__}: {failure}" if failure is not None else None
+        dist.all_gather_object(told, text, group=engine.group)
+        failed = [f"rank {rank} ({text})" for rank, text in enumerate(told) if text is not None]
+        if failed and failure is None:
+            raise CheckpointError(
+                f"save_checkpoint: {', '.join(failed)} could not do its part, so nothing was saved. Checkpoints that "
+                "were there before are as they were."
+            )
+    if failure is not None:
+        raise failure
 
 
 def load_engine(

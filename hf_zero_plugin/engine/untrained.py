@@ -40,11 +40,18 @@ def write_untrained(engine: ZeroEngine, file: Path, *, writes: bool, exclude_fro
     tensors = {
         name: _pending(engine, name, t) for name, t in _untrained(engine, with_frozen=not exclude_frozen).items()
     }
-    if writes:
-        stream_safetensors(tensors, file, values=values_of)
-        return
-    for name in order_in_file(tensors):
-        values_of(tensors[name])
+    rest = order_in_file(tensors)
+
+    def values(tensor: Tensor) -> Tensor:
+        rest.pop(0)
+        return values_of(tensor)
+
+    try:
+        if writes:
+            stream_safetensors(tensors, file, values=values)
+    finally:  # also where writing fails: the other ranks serve until all have been asked for
+        for name in rest:
+            values_of(tensors[name])
 
 
 def load_untrained(engine: ZeroEngine, file: Path, stored: safe_open) -> None:
