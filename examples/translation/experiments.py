@@ -24,8 +24,8 @@ place of 36, five to seven minutes::
 
 Two GPUs, grouped: the 36 cells of one GPU side by side, t5-small on the first and t5-base on the second with half of
 the cores each (2 starts and 18 cells: about 3 minutes), then 36 cells on both together, one after the other (4 starts
-and 36 cells: 5 to 6 minutes). With a limit for a machine that is lent for ten minutes; what is missing then, a second
-call of the same line measures::
+and 36 cells: 5 to 6 minutes). ``--max-minutes`` bounds a call; what is missing then, a second call of the same line
+measures::
 
     python examples/translation/experiments.py --data DATA --tokenizer DATA/tokenizer_t5 --num-gpus 1,2 --gpus 0,1 \\
         --cell-seconds 3 --max-minutes 9.4 --group

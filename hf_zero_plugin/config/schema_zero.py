@@ -80,7 +80,7 @@ class OffloadOptimizer(Section):
     super_offload: bool = inert(
         False,
         "DeepSpeed's overlap of the host update with the backward and forward passes.",
-        why="The host update here always overlaps with the next forward pass.",
+        why="Updates of offloaded states overlap with the next forward pass here, wherever there is a GPU.",
     )
     cpuadam_cores_perc: Share = applied(
         0.8,
@@ -218,7 +218,7 @@ class ZeroOptimization(Section):
         False, "Gather weights inside a node first.", why=_MICS_WHY, fix=_REMOVE
     )
     save_muon_momentum_buffer_in_memory: bool = refused(
-        False, "Keep Muon's momentum off NVMe.", why="Neither Muon nor NVMe offload is built.", fix=_REMOVE
+        False, "Keep Muon's momentum off NVMe.", why="Muon is not built.", fix=_REMOVE
     )
     zenflow: Opaque | None = refused(
         None,

@@ -48,8 +48,8 @@ __all__ = [
 ]
 
 STREAM_PIECE_NUMEL = 12 * 2**20
-"""Elements per piece that passes through the device: each of two slots takes (K + 1) * 4 bytes of device memory per
-element (Adam: 200 MB each), and every piece costs the host about a dozen calls a step."""
+"""Elements per piece that passes through the device: each of two slots takes (K + 2) * 4 bytes of device memory per
+element (Adam: 200 MB each), and every piece costs the host about twenty calls a step."""
 
 
 LINK_NUMEL_PER_S = 4.2e9
@@ -76,8 +76,8 @@ def make_homes(
     if client is not None or not context.rule.elementwise:
         refuse_cut_parameters(context.rule, client, sharding)
         pieces = [piece for layout in layouts for piece in cut_whole_parameters(layout)]
-        if offload.step_on == "both" and to_host:
-            _tell_that_both_does_nothing("this optimizer looks at whole parameters", sharding.rank)
+        if to_host:
+            _tell_what_whole_parameters_exclude(offload, sharding.rank)
         if client is None:
             return [HostHome(context, pieces) if to_host else DeviceHome(context, pieces)]
         indices = [slot.spec.index for layout in layouts for slot in layout.slots]
@@ -134,6 +134,17 @@ def host_share(offload: OffloadOptimizerSettings, context: Context, rank: int = 
     else:
         logger.info("offloaded states: %d host threads update %.0f %%, the device the rest", num_threads, 100 * share)
     return share
+
+
+def _tell_what_whole_parameters_exclude(offload: OffloadOptimizerSettings, rank: int) -> None:
+    asked = {"ratio": offload.ratio != 1.0, "step_on": offload.step_on in ("device", "both")}
+    names = [name for name, is_asked in asked.items() if is_asked]
+    if names and rank == 0:
+        logger.warning(
+            "$.zero_optimization.offload_optimizer.%s: no effect here. This optimizer looks at whole parameters or "
+            "steps itself, so all of its states are in host memory and are updated by host cores.",
+            " and ".join(names),
+        )
 
 
 def _tell_that_both_does_nothing(why: str, rank: int) -> None:

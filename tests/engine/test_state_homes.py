@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Adafactor
 
 from hf_zero_plugin.config.settings import OffloadOptimizerSettings
 from hf_zero_plugin.engine.host_threads import host_threads
 from hf_zero_plugin.engine.state_homes import host_share, interleaved
+
+from .harness import Tiny, make_engine, settings_for
 
 ALONE: Any = SimpleNamespace(is_alone=True)
 
@@ -74,3 +77,23 @@ def test_ranks_of_a_machine_divide_its_cores(
     for name, value in (("OMP_NUM_THREADS", omp), ("LOCAL_WORLD_SIZE", ranks)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     assert host_threads(1.0, spared=2) == expected
+
+
+@pytest.mark.parametrize(
+    ("offload", "told"),
+    [
+        ({"ratio": 0.5}, "offload_optimizer.ratio: no effect here"),
+        ({"ratio": "auto", "step_on": "both"}, "offload_optimizer.ratio and step_on: no effect here"),
+        ({}, ""),
+    ],
+)
+def test_whole_parameters_cannot_be_shared_out_and_that_is_told(
+    offload: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Tiny()
+    client = Adafactor(model.parameters(), lr=0.01, relative_step=False)
+    with caplog.at_level(logging.WARNING, logger="hf_zero_plugin"):
+        settings = settings_for(optimizer=None, offload={"device": "cpu", **offload})
+        make_engine(model, settings, client_optimizer=client).destroy()
+    assert told in caplog.text
+    assert bool(told) == ("no effect" in caplog.text)
