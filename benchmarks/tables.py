@@ -247,7 +247,7 @@ def failures(raw: Raw, device: str) -> list[str]:
 
 def machine(limits: dict[str, Any]) -> str:
     return (
-        f"torch {limits['torch']}, {limits['threads']} host threads. Limits in one of the runs, GB/s (the raw lines have "
+        f"torch {limits['torch']}, {limits['threads']} host threads. Limits in one of the runs, GB/s (raw lines have "
         f"those of every run): host to device {limits.get('h2d_gb_s', 0):.0f}, device to host "
         f"{limits.get('d2h_gb_s', 0):.0f}, both at once {limits.get('both_gb_s', 0):.0f}, host copy "
         f"{limits['host_copy_gb_s']:.0f}, fused AdamW on the host {limits['host_adamw_gb_s']:.0f}."

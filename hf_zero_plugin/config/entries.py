@@ -82,6 +82,8 @@ def _remark(path: str, value: Any, config: DsConfig | None) -> str:
         return "" if config.optimizer.params.get("adam_w_mode") is False else "AdamW, because adam_w_mode is not false."
     if path == "$.zero_optimization.stage":
         return _STAGES.get(value, "")
+    if path == "$.zero_optimization.offload_optimizer.step_on" and value == "both" and config is not None:
+        return "With several ranks the accelerator alone, below stage 3." if config.zero_optimization.stage < 3 else ""
     if path == "$.fp16.loss_scale":
         return "dynamic" if value == 0 else "static"
     return ""

@@ -41,10 +41,16 @@ class Carriers:
         self.up.update({index: self.down[index].view(dtype)[:numel] for index, numel in sizes.items()})
 
     def widen(self, index: int) -> None:
-        """Let gradients of the type of piece ``index``'s weights come down in fp32. No copy may be under way."""
-        dtype = self._weights[index].dtype
+        """Let gradients of the type of piece ``index``'s weights come down in fp32. No copy may be under way.
+
+        Those that have come down already are kept.
+        """
+        dtype, down = self._weights[index].dtype, dict(self.down)
         self._arenas[dtype].release()
         self._make(dtype, torch.float32)
+        for one, narrow in down.items():
+            if narrow is not self.down[one]:
+                self.down[one].copy_(narrow)
 
     def release(self) -> None:
         """Unlock the pages."""

@@ -76,7 +76,8 @@ def save_engine(
     Raises:
         CheckpointError: another rank could not write. That rank raises what has happened to it.
     """
-    engine.synchronize()
+    with _together(engine):
+        engine.synchronize()
     tag = tag or f"global_step{engine.global_steps}"
     _check_tag(engine, tag)
     root = Path(save_dir)

@@ -16,5 +16,11 @@ def host_threads(share: float = 1.0, spared: int = 0) -> int:
     """
     threads = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
-        threads //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
-    return int(share * max(1, threads)) - spared
+        ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+        threads = min(threads, max(1, num_cores() // ranks))
+    return int(share * threads) - spared
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))

@@ -63,6 +63,8 @@ class LoneGrads(GradientStore):
         self._filled: set[str] = set()
         """Parameters whose slot holds the sum of this step's micro-steps so far; what the others hold is old."""
         self._is_consumed = False
+        self._is_open = False
+        """A backward pass has begun and not ended: an error may have ended it."""
         self._stream = torch.cuda.Stream(device) if self._travels else None
         self._in_flight: deque[torch.cuda.Event] = deque()
         self._landed: torch.cuda.Event | None = None
@@ -94,6 +96,7 @@ class LoneGrads(GradientStore):
 
     def begin_backward(self, *, boundary: bool) -> None:
         self.boundary = boundary
+        self._is_open = True
         if self._is_consumed:
             self._is_consumed = False
             self._filled.clear()
@@ -144,6 +147,7 @@ class LoneGrads(GradientStore):
             compute.wait_event(self._in_flight.popleft())
 
     def end_backward(self) -> None:
+        self._is_open = False
         if self._stream is not None:
             self._in_flight.clear()
             self._landed = self._stream.record_event()
@@ -156,7 +160,7 @@ class LoneGrads(GradientStore):
     def _forget_all(self) -> None:
         if self._travels:
             torch.cuda.synchronize(self._device)  # the last update may still be reading what the host overwrites
-        self._is_consumed = False
+        self._is_consumed = self._is_open = False
         self._filled.clear()
         for name in self._order:
             self._forget(name)
@@ -170,7 +174,7 @@ class LoneGrads(GradientStore):
 
     def norm_views(self) -> list[Tensor]:
         """On the way down their norms were taken; a norm's norm is the norm."""
-        if self._is_consumed:  # a step without a backward pass: there are no gradients
+        if self._is_consumed or self._is_open:  # a step without a backward pass: there are no gradients
             self._forget_all()
         return super().norm_views() if self._norms is None else list(self._norms.unbind())
 

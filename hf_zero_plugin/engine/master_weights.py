@@ -12,7 +12,7 @@ A home is given pieces of buckets and steps them. Three homes exist::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -185,8 +185,18 @@ class MasterWeights:
         if self.is_broken:
             raise HfZeroError(
                 "an update of the weights was interrupted by an error, so that some have their new values and others "
-                "do not: go on from a checkpoint."
+                "do not: destroy this engine, make a new one, and load a checkpoint."
             )
+
+    @contextmanager
+    def _breaking(self, by: type[BaseException] = Exception) -> Iterator[None]:
+        """An error inside leaves no home to go on with. Who only waits may be interrupted and wait again."""
+        try:
+            yield
+        except by:
+            for home in self.homes:
+                home.is_broken = True
+            raise
 
     def start_backward(self, *, prefetch: bool) -> None:
         """Gradients are about to be overwritten: the last update must have consumed them."""
@@ -212,28 +222,27 @@ class MasterWeights:
         self._refuse_if_broken()
         self._pending = [True] * self.num_buckets
         self.any_pending = True
-        # Homes on the device first: the streamed and host homes order themselves after the compute stream.
-        for home in self.homes:
-            try:
+        with self._breaking(BaseException):
+            # Homes on the device first: the streamed and host homes order themselves after the compute stream.
+            for home in self.homes:
                 home.step(inputs)
-            except BaseException:
-                home.is_broken = True
-                raise
 
     def launch_rest(self) -> None:
         """The caller of ``step`` goes on. Nobody needs to say so: whoever waits for a bucket does."""
-        for home in self.homes:
-            home.launch_rest()
+        with self._breaking(BaseException):
+            for home in self.homes:
+                home.launch_rest()
 
     def wait(self, bucket: int) -> None:
         self._refuse_if_broken()
         if self._pending[bucket]:
             self.launch_rest()
-            self._pending[bucket] = False
             timeline = self._timeline
             started = timeline.begin() if timeline is not None else None
-            for home in self.homes:
-                home.wait(bucket)
+            with self._breaking():
+                for home in self.homes:
+                    home.wait(bucket)
+            self._pending[bucket] = False  # not before: a wait may be interrupted, and then others must wait
             self._grads.release(bucket)
             if timeline is not None and started is not None:
                 timeline.end("wait", started)
@@ -247,8 +256,9 @@ class MasterWeights:
     def synchronize(self) -> None:
         self._refuse_if_broken()
         self.wait_all()
-        for home in self.homes:
-            home.synchronize()
+        with self._breaking():
+            for home in self.homes:
+                home.synchronize()
 
     def pieces(self) -> Iterator[tuple[Home, int, Piece]]:
         for home in self.homes:
@@ -285,5 +295,6 @@ class MasterWeights:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for home in self.homes:
-            home.close()
+        with ExitStack() as stack:  # all of them, whatever one of them raises
+            for home in self.homes:
+                stack.callback(home.close)

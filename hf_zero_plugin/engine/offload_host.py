@@ -10,12 +10,14 @@ The forward pass waits for its own bucket only: first for the worker (a host wai
 device). Calls are few and large: every Python call of the worker takes the interpreter lock from the thread that
 launches kernels. On a CPU device there is nothing to copy and the same thread updates the gradients where they are.
 
-It may work beside a home that streams through the device: each has pieces of its own (``state_homes.py``). Whether an
-overflow skips the step goes down ahead of the gradients, so nobody waits for the device to launch one.
+Gradients of offloaded weights that rest in host memory are read there. The home may work beside one that streams
+through the device: each has pieces of its own (``state_homes.py``). Whether an overflow skips the step goes down ahead
+of the gradients, so nobody waits for the device to launch one.
 """
 
 from __future__ import annotations
 
+import atexit
 import queue
 import sys
 import threading
@@ -112,8 +114,9 @@ class HostHome(Home):
         self._thread = threading.Thread(target=_work, args=(self._jobs, num_threads), name="hf-zero-host-optimizer")
         self._thread.daemon = True
         self._thread.start()
-        # Runs at exit too: a daemon thread that still holds page-locked memory then aborts the interpreter.
-        self._stop_thread = weakref.finalize(self, _stop, self._jobs, self._thread)
+        _working[self._thread] = self._jobs
+        # Does not wait for the thread: the garbage collector may run anywhere, inside locks that the thread needs.
+        weakref.finalize(self, self._jobs.put, None).atexit = False
 
     def set_master(self, index: int, values: Tensor) -> None:
         master, *storage = self._storage[index]
@@ -174,6 +177,8 @@ class HostHome(Home):
     def run(self, job: Job) -> None:
         """Update one bucket; on the worker thread, or inline without one."""
         try:
+            if self._error is not None or self.is_broken:
+                return
             with torch.no_grad():
                 if self._on_cuda:
                     self._grad_ready[job.bucket].synchronize()
@@ -237,8 +242,8 @@ class HostHome(Home):
             return
         done.wait()
         if self._error is not None:
-            error, self._error = self._error, None
             self.is_broken = True
+            error, self._error = self._error, None
             raise error
         if bucket in self._uploaded:
             torch.cuda.current_stream(self.context.device).wait_event(self._uploaded[bucket])
@@ -258,7 +263,7 @@ class HostHome(Home):
 
     def close(self) -> None:
         if self._thread is not None:
-            self._stop_thread()
+            _end(self._thread, self._jobs)
             self._thread = None
         if self._on_cuda:
             for stream in (self._copies, self._uploads):
@@ -290,10 +295,21 @@ class HostHome(Home):
         return True
 
 
-def _stop(jobs: Jobs, thread: threading.Thread) -> None:
+_working: weakref.WeakKeyDictionary[threading.Thread, Jobs] = weakref.WeakKeyDictionary()
+
+
+def _end(thread: threading.Thread, jobs: Jobs) -> None:
+    """Let the thread do what it has been given, and end."""
     jobs.put(None)
     if thread is not threading.current_thread():
         thread.join()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A daemon thread that holds page-locked memory aborts the interpreter when that ends."""
+    for thread, jobs in list(_working.items()):
+        _end(thread, jobs)
 
 
 def _work(jobs: Jobs, num_threads: int) -> None:

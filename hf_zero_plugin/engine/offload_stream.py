@@ -292,6 +292,8 @@ class StreamedHome(Home):
                 stream.wait_event(event)
 
     def synchronize(self) -> None:
+        if self.is_broken:
+            self._rest = None  # nothing further is begun
         self.launch_rest()
         for stream in (*self._slots, self._returns, self._gathers):
             stream.synchronize()

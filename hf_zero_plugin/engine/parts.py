@@ -19,7 +19,7 @@ from hf_zero_plugin.engine.gradients import GradientStore
 from hf_zero_plugin.engine.master_weights import MasterWeights
 from hf_zero_plugin.engine.offload_nvme import NvmeHome
 from hf_zero_plugin.engine.offload_stream import StreamedHome
-from hf_zero_plugin.engine.readiness import Doors
+from hf_zero_plugin.engine.readiness import Doors, unguarded
 from hf_zero_plugin.engine.sharding import Sharding
 from hf_zero_plugin.engine.shards import Shards
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
@@ -102,10 +102,12 @@ class Assembly:
             self.doors.close()
         if self.shards is not None:
             self.shards.close()
-        if self.grads is not None:
-            self.grads.detach()
-        if self.masters is not None:
-            self.masters.close()
+        try:
+            if self.masters is not None:
+                self.masters.close()
+        finally:  # after the last copy that reads them
+            if self.grads is not None:
+                self.grads.detach()
 
     def memory_report(self) -> dict[str, dict[str, int]]:
         places: dict[str, dict[str, int]] = {"device": {}, "host": {}}
@@ -128,7 +130,9 @@ class Assembly:
     def _module_tensors(self) -> list[Tensor]:
         """This rank's memory of every parameter and buffer."""
         seen: dict[int, Tensor] = {}
-        for tensor in [*self.module.parameters(), *self.module.buffers()]:
+        with unguarded():
+            params = list(self.module.parameters())
+        for tensor in [*params, *self.module.buffers()]:
             item = self.shards.find(tensor) if self.shards is not None else None
             seen.setdefault(id(tensor), tensor if item is None else item.padded)
         return list(seen.values())

@@ -9,7 +9,7 @@
     N      device       device                    ShardedGrads       as for 1
     N      host         device, if small enough   ShardedGrads       device, or host and streamed through the device
     N      host         host                      ShardedGrads       host, otherwise or with "step_on": "host"
-    any    either       device                    as above           "both": streamed through the device and the host
+    any    either       as above                  as above           "both": streamed through the device, and the host
     any    either       where weights are         either             NVMe, "device": "nvme": host cores
 
 Whole parameters, which are small, go the way of stage 1 with states on the device.

@@ -98,6 +98,9 @@ def make_homes(
     if streams:
         hosted = interleaved(moved, host_share(offload, context, sharding.rank))
         beside = {id(piece) for piece in hosted}
+        if offload.step_on == "both":
+            share = sum(piece.numel for piece in hosted) / max(1, sum(piece.numel for piece in moved))
+            logger.info("offloaded states: host cores update %.0f %%, the device the rest", 100 * share)
         streamed = StreamedHome(context, [piece for piece in moved if id(piece) not in beside], pin_memory=pin)
         homes: list[Home] = [DeviceHome(context, kept), streamed]
         if hosted:
@@ -114,7 +117,7 @@ def make_homes(
 
 
 def host_share(offload: OffloadOptimizerSettings, context: Context, rank: int = 0) -> float:
-    """Share of the offloaded states that host cores update where the device updates the rest. Tells what is chosen."""
+    """Share of the offloaded states that host cores update where the device updates the rest."""
     if offload.step_on != "both":
         return 0.0
     if not context.is_alone:  # the host's thread would gather weights while the main thread gathers others
@@ -131,8 +134,6 @@ def host_share(offload: OffloadOptimizerSettings, context: Context, rank: int = 
             _NUM_SPARED,
             "The device updates everything." if share == 0 else f"One of them updates {share:.0%} of the states.",
         )
-    else:
-        logger.info("offloaded states: %d host threads update %.0f %%, the device the rest", num_threads, 100 * share)
     return share
 
 

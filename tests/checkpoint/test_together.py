@@ -12,11 +12,13 @@ import torch.distributed as dist
 
 from hf_zero_plugin.checkpoint import stream
 from hf_zero_plugin.engine import checkpointing
+from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.errors import CheckpointError
 from tests.engine.stage3 import Net, engine_for, train
 from tests.helpers import run_ranks
 
 PLACES = {
+    "an update of rank 1": (1, ZeroEngine, "synchronize"),
     "a shard of rank 0": (0, checkpointing, "write_shard"),
     "a shard of rank 1": (1, checkpointing, "write_shard"),
     "frozen weights, after some": (0, stream, "_write"),

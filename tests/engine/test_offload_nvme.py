@@ -11,7 +11,7 @@ import torch
 from hf_zero_plugin.config.settings import AioSettings, OptimizerSettings
 from hf_zero_plugin.engine import assembly, state_homes
 from hf_zero_plugin.engine.engine import ZeroEngine
-from hf_zero_plugin.errors import ConfigError
+from hf_zero_plugin.errors import ConfigError, HfZeroError
 from hf_zero_plugin.integration.tensor_access import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -117,6 +117,25 @@ def test_states_can_be_read_and_set(tmp_path: Path) -> None:
     safe_set_full_fp32_param(param, torch.full_like(twice, 0.3))
     assert torch.equal(safe_get_full_fp32_param(param), torch.full_like(twice, 0.3))
     assert torch.equal(param, torch.full_like(param, 0.3))
+
+
+def test_a_write_that_fails_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "states").mkdir()
+    engine = _engine(tmp_path / "states")
+    train(engine, 1)
+    home = engine.parts.masters.homes[-1]  # type: ignore[union-attr]
+
+    def fails() -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(home._file, "drain", fails)  # type: ignore[attr-defined]
+    with pytest.raises(OSError, match="no space"):
+        engine.synchronize()
+    with pytest.raises(HfZeroError, match="interrupted by an error"):
+        engine.save_checkpoint(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+    monkeypatch.undo()
+    engine.destroy()
 
 
 def test_optimizers_that_keep_their_states_themselves_are_refused(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_an_error_in_the_worker_surfaces_in_the_main_thread_and_nobody_goes_on_w
         lambda: engine.save_checkpoint(str(tmp_path)),
         engine.step,
     ):
-        with pytest.raises(HfZeroError, match=r"interrupted by an error.*from a checkpoint"):
+        with pytest.raises(HfZeroError, match=r"interrupted by an error.*load a checkpoint"):
             use()
     assert not list(tmp_path.iterdir())
     engine.destroy()
@@ -295,6 +295,38 @@ def test_an_error_in_the_worker_surfaces_in_the_main_thread_and_nobody_goes_on_w
     assert "named_parameters" in nn.Module.__dict__
     assert nn.Module.named_parameters.__name__ == "named_parameters"
     assert not hasattr(nn.Module.named_parameters, "__wrapped__")
+
+
+def test_the_first_error_of_a_worker_is_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(Deep(), offload="host thread")
+    calls: list[int] = []
+
+    def fail(*args: Any) -> None:
+        calls.append(1)
+        raise ZeroDivisionError(f"number {len(calls)}")
+
+    monkeypatch.setattr(AdamRule, "update", fail)
+    _one_step(engine)
+    with pytest.raises(ZeroDivisionError, match="number 1"):
+        engine.synchronize()
+    assert len(calls) == 1, "nothing further is begun"
+    assert engine.memory_report()["host"]["moments"] > 0
+    engine.destroy()
+
+
+@pytest.mark.usefixtures("slow_worker")
+def test_an_interrupted_wait_is_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(Deep(), offload="host thread", precision="bf16")
+    _one_step(engine)
+    home = engine.parts.masters.homes[0]  # type: ignore[union-attr]
+    with monkeypatch.context() as patch:
+        patch.setattr(home, "wait", lambda bucket: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            engine.module.state_dict()
+    seen = [value.clone() for value in engine.module.state_dict().values()]
+    engine.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(seen, engine.module.state_dict().values(), strict=True))
+    engine.destroy()
 
 
 def test_destroy_leaves_no_thread_no_hook_and_no_patch() -> None:
@@ -331,6 +363,18 @@ def test_an_engine_that_is_dropped_without_destroy_ends_its_thread() -> None:
     while _threads() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not _threads()
+
+
+def test_the_garbage_collector_does_not_wait_for_a_thread() -> None:
+    """It may run inside any lock, this one among them."""
+    engine = make_engine(Deep(), offload="host thread")
+    _one_step(engine)
+    engine.synchronize()
+    gone = weakref.ref(engine)
+    del engine
+    with threading._active_limbo_lock:  # type: ignore[attr-defined]
+        gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.usefixtures("slow_worker")

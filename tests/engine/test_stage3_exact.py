@@ -6,6 +6,7 @@ at every micro-step, as those of sharded parameters are. (Whole ones are reduced
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -101,3 +102,27 @@ def test_a_second_step_without_a_backward_pass_has_no_gradients(world_size: int)
     for name, found in norms.items():
         assert [found[1], found[3]] == [0.0, 0.0], name
         assert found == pytest.approx(norms["stage 2"], rel=1e-4), name
+
+
+def _fails_at_once(loss: Any) -> Any:
+    loss.register_hook(lambda _: 1 / 0)
+    return loss
+
+
+def _steps_after_a_failed_backward() -> dict[str, float]:
+    norms: dict[str, float] = {}
+    for name, options in {"stage 2": {"stage": 2}, "stage 3": {}, **OFFLOADS}.items():
+        engine = engine_for(_model(), **options)
+        engine.backward(loss_of(engine, batch(0)))
+        engine.step()
+        with contextlib.suppress(ZeroDivisionError):
+            engine.backward(_fails_at_once(loss_of(engine, batch(1))))
+        engine.step()
+        norms[name] = engine.get_global_grad_norm()
+        engine.destroy()
+    return norms
+
+
+def test_a_step_after_a_backward_pass_that_failed_has_no_gradients() -> None:
+    norms = run_ranks(_steps_after_a_failed_backward, 1, timeout_s=200.0)[0]
+    assert norms == dict.fromkeys(norms, 0.0)

@@ -11,6 +11,7 @@ import torch
 from transformers import Adafactor
 
 from hf_zero_plugin.config.settings import OffloadOptimizerSettings
+from hf_zero_plugin.engine import host_threads as host_threads_module
 from hf_zero_plugin.engine.host_threads import host_threads
 from hf_zero_plugin.engine.state_homes import host_share, interleaved
 
@@ -39,6 +40,7 @@ def test_the_share_follows_from_the_threads_unless_it_is_given(monkeypatch: pyte
     shares = []
     for threads in (1, 2, 4, 16, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
         shares.append(host_share(OffloadOptimizerSettings(step_on="both"), ALONE))
         assert host_share(OffloadOptimizerSettings(step_on="both", host_share=0.25), ALONE) == 0.25
     assert shares[:2] == [0, 0], "no thread to spare"
@@ -68,12 +70,14 @@ def test_too_few_threads_are_told(
 
 
 @pytest.mark.parametrize(
-    ("omp", "ranks", "expected"), [(None, "4", 2), ("8", "4", 6), (None, None, 14), (None, "40", -1)]
+    ("omp", "ranks", "threads", "expected"),
+    [(None, "4", 16, 2), ("8", "4", 8, 6), (None, None, 16, 14), (None, "40", 16, -1), (None, "2", 4, 2)],
 )
 def test_ranks_of_a_machine_divide_its_cores(
-    omp: str | None, ranks: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+    omp: str | None, ranks: str | None, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8 if omp else 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(host_threads_module, "num_cores", lambda: 16)
     for name, value in (("OMP_NUM_THREADS", omp), ("LOCAL_WORLD_SIZE", ranks)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     assert host_threads(1.0, spared=2) == expected
