@@ -155,16 +155,16 @@ class HostHome(Home):
             for index in self._pieces_of[bucket]:
                 piece = self.pieces[index]
                 grad = self.context.grad_of(piece)
-                if self._is_here(grad):
+                if self._rests_on_host(grad):
                     self._resting.add(index)
                     continue  # on its way down already: the event below comes after it
                 self._download(index, grad)
                 self.context.clear_grad(piece)
             self._grad_ready[bucket] = self._copies.record_event()
 
-    def _is_here(self, grad: Tensor) -> bool:
-        """Gradients of offloaded weights may rest in host memory."""
-        return grad.device != self.context.device
+    def _rests_on_host(self, tensor: Tensor) -> bool:
+        """As weights that are offloaded, and perhaps their gradients."""
+        return tensor.device != self.context.device
 
     def _download(self, index: int, grad: Tensor) -> None:
         if grad.element_size() > self._carriers.down[index].element_size():  # micro-steps that nobody had announced
@@ -215,7 +215,7 @@ class HostHome(Home):
             grad.mul_(multiplier)
         master = self.apply(index, grad, job)
         weight = self.context.weight_of(piece)
-        if self._on_cuda and not self._is_here(weight):
+        if self._on_cuda and not self._rests_on_host(weight):
             up = self._carriers.up[index].copy_(master)
             with torch.cuda.stream(self._uploads):
                 weight.copy_(up, non_blocking=True)

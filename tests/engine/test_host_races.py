@@ -33,7 +33,7 @@ class Beside(HostHome):
     gradients_are_here = False
     """As with weights that are offloaded too: they rest in host memory."""
 
-    def _is_here(self, grad: Tensor) -> bool:
+    def _rests_on_host(self, tensor: Tensor) -> bool:
         return self.gradients_are_here
 
     def run(self, job: Job) -> None:
