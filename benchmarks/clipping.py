@@ -22,10 +22,13 @@ def norms_of(state: Path) -> list[float]:
     """
     try:
         history = json.loads(state.read_text())["log_history"]
-        return [entry["grad_norm"] for entry in history if "grad_norm" in entry]
+        norms = [entry["grad_norm"] for entry in history if "grad_norm" in entry]
+        if not norms:
+            raise ValueError("no grad_norm was logged")
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{state}: expected the trainer_state.json of a training with --logging_steps 1 ({error!r})")
         raise SystemExit(2) from error
+    return norms
 
 
 def main() -> None:
@@ -36,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     norms = norms_of(args.state)
     clipped = sum(norm > args.max_norm for norm in norms)
-    spread = f"{min(norms):.2f} to {max(norms):.2f}, median {statistics.median(norms):.2f}" if norms else "none logged"
+    spread = f"{min(norms):.2f} to {max(norms):.2f}, median {statistics.median(norms):.2f}"
     print(f"{clipped} of {len(norms)} steps have a norm above {args.max_norm:g} ({spread})")
     if args.out is not None:
         args.out.write_text(json.dumps({"max_norm": args.max_norm, "clipped": clipped, "norms": norms}) + "\n")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from limits import fused_adamw
 
 NUMEL, PIECES, TURNS = 12 * 2**20, 4, 7
 
@@ -27,34 +28,17 @@ def seconds(work: Callable[[], None]) -> float:
 def main() -> None:
     rows = [[torch.rand(NUMEL) for _ in range(3)] for _ in range(PIECES)]
     half = [torch.rand(NUMEL, dtype=torch.bfloat16) for _ in range(PIECES)]
-    wide, step = torch.rand(NUMEL), torch.ones(())
-
-    def update(master: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
-        torch._fused_adamw_(
-            [master],
-            [wide],
-            [first],
-            [second],
-            [],
-            [step],
-            lr=1e-4,
-            beta1=0.9,
-            beta2=0.999,
-            weight_decay=0.01,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
-        )
+    wide = torch.rand(NUMEL)
 
     def fused() -> None:
-        for states in rows:
-            update(*states)
+        for master, *moments in rows:
+            fused_adamw(master, wide, *moments)
 
     def passes() -> None:
-        for states, grad in zip(rows, half):
+        for (master, *moments), grad in zip(rows, half):
             wide.copy_(grad).mul_(0.5)
-            update(*states)
-            grad.copy_(states[0])
+            fused_adamw(master, wide, *moments)
+            grad.copy_(master)
 
     fused(), passes()
     pairs = [(seconds(passes), seconds(fused)) for _ in range(TURNS)]

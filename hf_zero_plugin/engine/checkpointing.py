@@ -76,13 +76,12 @@ def save_engine(
     Raises:
         CheckpointError: another rank could not write. That rank raises what has happened to it.
     """
-    with _together(engine):
-        engine.synchronize()
     tag = tag or f"global_step{engine.global_steps}"
     _check_tag(engine, tag)
     root = Path(save_dir)
     work = root / f"{tag}.tmp"
     with _together(engine):
+        engine.synchronize()
         if _leads(engine):
             shutil.rmtree(work, ignore_errors=True)
     with _together(engine):

@@ -73,8 +73,9 @@ class HostHome(Home):
         self.place_states()
         longest = max((piece.numel for piece in self.pieces), default=0)
         self._scratch = torch.empty(longest)
-        crosses = self._on_cuda and not context.grads.is_on_host
-        weights = [context.weight_of(piece) for piece in self.pieces] if crosses else []
+        self._crosses = self._on_cuda and not context.grads.is_on_host
+        """Gradients come down from the device. If they rest in host memory, so do the weights."""
+        weights = [context.weight_of(piece) for piece in self.pieces] if self._crosses else []
         self._carriers = Carriers(weights, sums_in_fp32=context.sums_in_fp32, pin=pin_memory)
         if self._on_cuda:
             self._copies = torch.cuda.Stream(context.device)
@@ -82,8 +83,6 @@ class HostHome(Home):
             self._tick = torch.zeros(1, device=context.device)
             self._numbers = torch.zeros(2, pin_memory=torch.cuda.is_available())
             self._numbers_on_device = torch.zeros(2, device=context.device)
-        self._resting: set[int] = set()
-        """Pieces whose gradients are in host memory already."""
         self._grad_ready: dict[int, torch.cuda.Event] = {}
         self._uploaded: dict[int, torch.cuda.Event] = {}
         self._done = {bucket: threading.Event() for bucket in self._pieces_of}
@@ -128,11 +127,10 @@ class HostHome(Home):
         multiplier = 1.0
         if self._on_cuda:
             self._send_numbers(inputs)
-        elif inputs.multiplier is not None:
-            multiplier = inputs.multiplier.item()
-        if self._on_cuda:
             for bucket in self._pieces_of:
                 self._start_download(bucket)
+        elif inputs.multiplier is not None:
+            multiplier = inputs.multiplier.item()
         for bucket in self._pieces_of:
             job = Job(bucket, inputs, number, multiplier)
             self._done[bucket].clear()
@@ -152,19 +150,12 @@ class HostHome(Home):
 
     def _start_download(self, bucket: int) -> None:
         with torch.cuda.stream(self._copies):
-            for index in self._pieces_of[bucket]:
+            for index in self._pieces_of[bucket] if self._crosses else ():
                 piece = self.pieces[index]
-                grad = self.context.grad_of(piece)
-                if self._rests_on_host(grad):
-                    self._resting.add(index)
-                    continue  # on its way down already: the event below comes after it
-                self._download(index, grad)
+                self._download(index, self.context.grad_of(piece))
                 self.context.clear_grad(piece)
+            # After gradients that rest on the host, too: they are on their way down already.
             self._grad_ready[bucket] = self._copies.record_event()
-
-    def _rests_on_host(self, tensor: Tensor) -> bool:
-        """As weights that are offloaded, and perhaps their gradients."""
-        return tensor.device != self.context.device
 
     def _download(self, index: int, grad: Tensor) -> None:
         if grad.element_size() > self._carriers.down[index].element_size():  # micro-steps that nobody had announced
@@ -188,9 +179,8 @@ class HostHome(Home):
                     multiplier, is_skipped = self._numbers[0].item(), bool(self._numbers[1])
                 for index in self._pieces_of[job.bucket] if not is_skipped else ():
                     self._update_piece(index, job, multiplier)
-                for index in self._pieces_of[job.bucket]:
-                    if not self._on_cuda or index in self._resting:
-                        self.context.clear_grad(self.pieces[index])
+                for index in self._pieces_of[job.bucket] if not self._crosses else ():
+                    self.context.clear_grad(self.pieces[index])
                 if self._on_cuda:
                     with torch.cuda.stream(self._uploads):
                         self.context.finish_bucket(job.bucket, self)
@@ -208,25 +198,20 @@ class HostHome(Home):
 
     def _update_piece(self, index: int, job: Job, multiplier: float) -> None:
         piece = self.pieces[index]
-        grad = self._grad_on_host(index)
+        grad = self._carriers.down[index] if self._crosses else self.context.grad_of(piece)
         if grad.dtype != torch.float32:
             grad = self._scratch[: piece.numel].copy_(grad)
         if multiplier != 1.0:
             grad.mul_(multiplier)
         master = self.apply(index, grad, job)
         weight = self.context.weight_of(piece)
-        if self._on_cuda and not self._rests_on_host(weight):
+        if self._crosses and weight.device == self.context.device:
             up = self._carriers.up[index].copy_(master)
             with torch.cuda.stream(self._uploads):
                 weight.copy_(up, non_blocking=True)
         else:
             weight.copy_(master)
         self.finish_piece(index)
-
-    def _grad_on_host(self, index: int) -> Tensor:
-        if self._on_cuda and index not in self._resting:
-            return self._carriers.down[index]
-        return self.context.grad_of(self.pieces[index])
 
     def apply(self, index: int, grad: Tensor, job: Job) -> Tensor:
         """Update a piece by its fp32 gradient; return the new master, readable until ``finish_piece``."""

@@ -17,7 +17,6 @@ Whole parameters, which are small, go the way of stage 1 with states on the devi
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -45,8 +44,6 @@ from hf_zero_plugin.engine.sharded_grads import ShardedGrads, Stage3Grads
 from hf_zero_plugin.engine.unit_transfers import UnitTransfers
 
 __all__ = ["Plan", "connect_training"]
-
-logger = logging.getLogger("hf_zero_plugin")
 
 
 class Plan(NamedTuple):
@@ -252,7 +249,7 @@ def _make_homes(
         on_device = sharded._replace(device=parts.device)
         return [device_home, *state_homes.make_homes(parts, settings, on_device, None, plan.sharded)]
     _tell_what_does_not_apply(parts, settings)
-    threaded = parts.device.type == "cuda" or offload.step_on in ("host", "both")
+    threaded = state_homes.is_threaded(offload, parts.device)
     if offload.device == "nvme":
         cut = list(_cut(plan.sharded, rule, parts, state_homes.STREAM_PIECE_NUMEL))
         return [device_home, NvmeHome(sharded, cut, offload, settings.aio, threaded=threaded)]
@@ -265,17 +262,10 @@ def _tell_what_does_not_apply(parts: Assembly, settings: EngineSettings) -> None
     offload = settings.offload_optimizer
     if parts.device.type != "cuda" or parts.sharding.rank or offload.device != "cpu":
         return
-    asked = {"ratio": offload.ratio != 1.0, "step_on": offload.step_on in ("device", "both")}
-    if names := [name for name, is_asked in asked.items() if is_asked]:
-        why = "a rank's gradients take more than a quarter of its GPU, or the optimizer's states cannot be streamed"
-        if offload.step_on == "host":
-            why = 'with offload_param and "step_on": "host" that is so'
-        logger.warning(
-            "$.zero_optimization.offload_optimizer.%s: no effect here. All optimizer states are in host memory and are "
-            "updated by host cores: %s.",
-            " and ".join(names),
-            why,
-        )
+    why = "a rank's gradients take more than a quarter of its GPU, or the optimizer's states cannot be streamed"
+    if offload.step_on == "host":
+        why = 'with offload_param and "step_on": "host" that is so'
+    state_homes.tell_that_states_stay_on_the_host(offload, why)
 
 
 def _cut(

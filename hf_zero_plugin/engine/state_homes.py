@@ -41,16 +41,17 @@ logger = logging.getLogger("hf_zero_plugin")
 __all__ = [
     "host_share",
     "interleaved",
+    "is_threaded",
     "make_homes",
     "refuse_cut_parameters",
     "refuse_own_states_on_nvme",
     "state_types",
+    "tell_that_states_stay_on_the_host",
 ]
 
 STREAM_PIECE_NUMEL = 12 * 2**20
 """Elements per piece that passes through the device: each of two slots takes (K + 2) * 4 bytes of device memory per
 element (Adam: 200 MB each), and every piece costs the host about twenty calls a step."""
-
 
 LINK_NUMEL_PER_S = 4.2e9
 THREAD_NUMEL_PER_S = 0.15e9
@@ -76,8 +77,8 @@ def make_homes(
     if client is not None or not context.rule.elementwise:
         refuse_cut_parameters(context.rule, client, sharding)
         pieces = [piece for layout in layouts for piece in cut_whole_parameters(layout)]
-        if to_host:
-            _tell_what_whole_parameters_exclude(offload, sharding.rank)
+        if to_host and sharding.rank == 0:
+            tell_that_states_stay_on_the_host(offload, "this optimizer looks at whole parameters or steps itself")
         if client is None:
             return [HostHome(context, pieces) if to_host else DeviceHome(context, pieces)]
         indices = [slot.spec.index for layout in layouts for slot in layout.slots]
@@ -108,8 +109,7 @@ def make_homes(
         return homes
     if offload.step_on == "both" and parts.device.type == "cuda":
         _tell_that_both_does_nothing("these states cannot be streamed through the device", sharding.rank)
-    # Without a device to overlap with, a second thread would only fight the first for the cores.
-    threaded = parts.device.type == "cuda" or offload.step_on in ("host", "both")
+    threaded = is_threaded(offload, parts.device)
     if offload.device == "nvme":
         return [DeviceHome(context, kept), NvmeHome(context, moved, offload, settings.aio, threaded=threaded)]
     host = HostHome(context, moved, pin_memory=pin, threaded=threaded, threads_share=threads_share)
@@ -137,14 +137,21 @@ def host_share(offload: OffloadOptimizerSettings, context: Context, rank: int = 
     return share
 
 
-def _tell_what_whole_parameters_exclude(offload: OffloadOptimizerSettings, rank: int) -> None:
+def is_threaded(offload: OffloadOptimizerSettings, device: torch.device) -> bool:
+    """Whether host cores update on a thread of their own. Without a device to overlap with, it would only fight the
+    first for the cores."""
+    return device.type == "cuda" or offload.step_on in ("host", "both")
+
+
+def tell_that_states_stay_on_the_host(offload: OffloadOptimizerSettings, why: str) -> None:
+    """Name the keys that would act if states streamed through the device, where host cores update all of them."""
     asked = {"ratio": offload.ratio != 1.0, "step_on": offload.step_on in ("device", "both")}
-    names = [name for name, is_asked in asked.items() if is_asked]
-    if names and rank == 0:
+    if names := [name for name, is_asked in asked.items() if is_asked]:
         logger.warning(
-            "$.zero_optimization.offload_optimizer.%s: no effect here. This optimizer looks at whole parameters or "
-            "steps itself, so all of its states are in host memory and are updated by host cores.",
+            "$.zero_optimization.offload_optimizer.%s: no effect here. All optimizer states are in host memory and are "
+            "updated by host cores: %s.",
             " and ".join(names),
+            why,
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_zero_plugin.engine import assembly, offload_stream, staging_room
 from hf_zero_plugin.engine.buckets import cut_pieces
 from hf_zero_plugin.engine.device_home import DeviceHome
+from hf_zero_plugin.engine.loose_grads import LooseGrads
 from hf_zero_plugin.engine.master_weights import Home
 from hf_zero_plugin.engine.offload_host import HostHome, Job
 from hf_zero_plugin.engine.offload_stream import StreamedHome
@@ -30,11 +31,6 @@ class Beside(HostHome):
 
     detector: RaceDetector
     _on_cuda = True
-    gradients_are_here = False
-    """As with weights that are offloaded too: they rest in host memory."""
-
-    def _rests_on_host(self, tensor: Tensor) -> bool:
-        return self.gradients_are_here
 
     def run(self, job: Job) -> None:
         with torch.cuda.stream(self.detector.on_host):  # type: ignore[arg-type]
@@ -105,7 +101,7 @@ def test_whoever_looks_after_a_step_waits_for_both(looks: str, monkeypatch: pyte
 
 def test_gradients_that_rest_on_the_host_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = _train(_engine("bf16", "none"))
-    monkeypatch.setattr(Beside, "gradients_are_here", True)
+    monkeypatch.setattr(LooseGrads, "is_on_host", True)  # as with weights that are offloaded too
     with RaceDetector() as detector:
         _split(monkeypatch, detector, 0.5)
         engine = _engine("bf16", "cpu")

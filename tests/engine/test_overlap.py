@@ -100,6 +100,21 @@ def _threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == THREAD]
 
 
+def _threads_end() -> None:
+    deadline = time.monotonic() + 30
+    while _threads() and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert not _threads()
+
+
+def _dropped(engine: ZeroEngine) -> weakref.ref[ZeroEngine]:
+    """After a whole step: nobody holds it any more when this returns."""
+    _one_step(engine)
+    engine.synchronize()
+    return weakref.ref(engine)
+
+
 def _one_step(engine: ZeroEngine, step: int = 0) -> None:
     dtype = next(iter(engine.module._parameters.values()), None)
     x = batch(step).to(dtype.dtype if dtype is not None else engine.parts.params[0].dtype)
@@ -352,26 +367,15 @@ def test_destroy_leaves_no_thread_no_hook_and_no_patch() -> None:
 
 
 def test_an_engine_that_is_dropped_without_destroy_ends_its_thread() -> None:
-    engine = make_engine(Deep(), offload="host thread")
-    _one_step(engine)
-    engine.synchronize()
-    gone = weakref.ref(engine)
-    del engine
+    gone = _dropped(make_engine(Deep(), offload="host thread"))
     gc.collect()
     assert gone() is None
-    deadline = time.monotonic() + 30
-    while _threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not _threads()
+    _threads_end()
 
 
 def test_the_garbage_collector_does_not_wait_for_a_thread() -> None:
     """It may run inside any lock, this one among them."""
-    engine = make_engine(Deep(), offload="host thread")
-    _one_step(engine)
-    engine.synchronize()
-    gone = weakref.ref(engine)
-    del engine
+    gone = _dropped(make_engine(Deep(), offload="host thread"))
     with threading._active_limbo_lock:  # type: ignore[attr-defined]
         gc.collect()
     assert gone() is None
@@ -385,11 +389,7 @@ def test_an_engine_that_is_dropped_right_after_a_step_has_taken_it(offload: str)
     for one in (engine, wanted):
         _one_step(one)
     del engine, one
-    deadline = time.monotonic() + 30
-    while _threads() and time.monotonic() < deadline:
-        gc.collect()  # not before its work is done
-        time.sleep(0.01)
-    assert not _threads()
+    _threads_end()  # not before their work is done
     wanted.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
