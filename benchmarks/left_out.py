@@ -91,9 +91,16 @@ def leave_out(parts: set[str]) -> None:
     def nothing(*_: Any) -> None:
         return None
 
-    for part, method in (("uploads", "_upload"), ("downloads", "_download"), ("updates", "_update")):
+    def over_when_ready(home: Any, index: int, buffer: Any, ready: Any) -> Any:
+        return ready
+
+    for part, method, replacement in (
+        ("uploads", "_upload", nothing),
+        ("downloads", "_download", over_when_ready),
+        ("updates", "_update", nothing),
+    ):
         if part in parts:
-            setattr(StreamedHome, method, nothing)
+            setattr(StreamedHome, method, replacement)
     if "clamps" in parts:
         from transformers.models.t5 import modeling_t5
 

@@ -172,12 +172,16 @@ def _lay_out(index: int, run: list[ParamSpec], num_shards: int) -> BucketLayout:
 
 
 def cut_pieces(layout: BucketLayout, shard: int, *, max_numel: int | None = None) -> list[Piece]:
-    """Cut one shard of a bucket into pieces of one optimizer group each, none longer than ``max_numel``."""
+    """Cut one shard of a bucket into pieces of one optimizer group each, none longer than ``max_numel``.
+
+    Those of one group in one bucket are about equally long."""
     low, high = layout.shard_range(shard)
     pieces: list[Piece] = []
     for segment in layout.segments:
         start, end = max(low, segment.start), min(high, segment.end)
-        step = max_numel or max(end - start, 1)
+        step = max(end - start, 1)
+        if max_numel is not None:
+            step = min(max_numel, _round_up(-(-step // -(-step // max_numel)), SLOT_ALIGNMENT))
         pieces.extend(
             Piece(layout.index, segment.group, begin, min(begin + step, end)) for begin in range(start, end, step)
         )

@@ -35,25 +35,17 @@ class LeavingBuffers:
         while self._buffers and self._buffers[0].downloaded.query():
             self._buffers.popleft()
 
-    def take_first(self, num_bytes: int, among: set[int]) -> LeavingBuffer | None:
-        """Of the buffers whose ``id`` is in ``among`` and that are large enough, the one that is free soonest."""
-        fits = (
-            at for at, one in enumerate(self._buffers) if id(one.buffer) in among and one.buffer.numel() >= num_bytes
-        )
-        return self._take(next(fits, None))
-
-    def take_closest(self, num_bytes: int) -> LeavingBuffer | None:
-        """The smallest that is large enough: so a step after the other gets by with the same buffers."""
-        sizes = [one.buffer.numel() for one in self._buffers]
-        fits = [at for at, size in enumerate(sizes) if size >= num_bytes]
-        return self._take(min(fits, key=sizes.__getitem__, default=None))
-
-    def _take(self, at: int | None) -> LeavingBuffer | None:
-        if at is None:
-            return None
-        one = self._buffers[at]
-        del self._buffers[at]
-        return one
+    def take_first(
+        self, num_bytes: int, *, among: set[int] | None = None, below: int | None = None
+    ) -> LeavingBuffer | None:
+        """Of the buffers that are large enough (smaller than ``below``, their ``id`` in ``among``), the one that is
+        free soonest: whoever takes one for a piece after the other waits in the order in which downloads end."""
+        for at, one in enumerate(self._buffers):
+            numel = one.buffer.numel()
+            if num_bytes <= numel < (below or numel + 1) and (among is None or id(one.buffer) in among):
+                del self._buffers[at]
+                return one
+        return None
 
     @property
     def num_bytes(self) -> int:

@@ -21,12 +21,9 @@ next forward pass comes on top of that pass's own peak, and is the first to be f
 only up to a share of that peak, and on a device that is nearly full no more than two are staged (``staging_room.py``).
 New weights are all there once the link has brought down what the device may not hold.
 
-Downloads are cut, with a tiny kernel between the cuts. The copy engine serves what one stream has queued to its end
-before it looks at another stream, unless that one must wait for something: without the kernels, a ``tensor.item()``
-anywhere in the next forward pass would stand behind a gigabyte of states (measured: 20 ms; with them, half a
-millisecond). Uploads do not have this trouble. Right after a step its caller reads numbers: the engine the norm, the
-Trainer whether the loss is finite, twice. So that these find an empty queue, nothing is downloaded before the caller's
-next word to the engine (``zero_grad``, a forward pass, a look at a weight).
+Right after a step its caller reads numbers: the engine the norm, the Trainer whether the loss is finite, twice.
+Downloads let such reads through (``downloads.py``), but best is an empty queue: nothing is downloaded before the
+caller's next word to the engine (``zero_grad``, a forward pass, a look at a weight).
 
 Source of the idea of streaming states through the device: Deep Optimizer States (arXiv:2410.21316).
 """
@@ -42,15 +39,13 @@ import torch
 from torch import Tensor
 
 from hf_zero_plugin.engine.buckets import Piece
+from hf_zero_plugin.engine.downloads import Downloads
 from hf_zero_plugin.engine.leaving import LeavingBuffers
 from hf_zero_plugin.engine.master_weights import Context, Home, StepInputs
 from hf_zero_plugin.engine.pinned import PinnedArena
 from hf_zero_plugin.engine.staging_room import StagingRoom, pieces_ahead
 
 __all__ = ["StreamedHome"]
-
-DOWNLOAD_BYTES = 72 * 2**20
-"""Between two chances for other streams' copies: a millisecond and a half."""
 
 
 class StreamedHome(Home):
@@ -68,16 +63,14 @@ class StreamedHome(Home):
         """Of a master and its states. Slabs and buffers are bytes; ``_types.rows`` knows what lies where."""
         self._arena = PinnedArena(self._total * self._bytes_each, pin=pin_memory, dtype=torch.uint8)
         self._slabs = [self._arena.take(piece.numel * self._bytes_each) for piece in self.pieces]
-        self._slab_parts = [slab.split(DOWNLOAD_BYTES) for slab in self._slabs]
         self._longest = max((piece.numel for piece in self.pieces), default=0)
         self._slots = [torch.cuda.Stream(context.device) for _ in range(min(num_slots, len(self.pieces)))]
-        self._returns, self._gathers = (torch.cuda.Stream(context.device) for _ in range(2))
+        self._returns, self._gathers = Downloads(context.device), torch.cuda.Stream(context.device)
         self._compute = torch.cuda.current_stream(context.device)
         # Belongs to its slot's stream, which uses it for one piece after the other.
         scratch = [torch.empty(self._longest, device=context.device) for _ in self._slots]
         self._wide = [scratch[index % len(scratch)][: piece.numel] for index, piece in enumerate(self.pieces)]
         self._max_ahead = pieces_ahead(self.pieces, len(self._slots))
-        self._tick = torch.zeros(1, device=context.device)
         self._staged: dict[int, Tensor] = {}
         """Buffers of pieces 0, 1, ... that are on the device, or on their way there."""
         self._leaving = LeavingBuffers()
@@ -120,11 +113,15 @@ class StreamedHome(Home):
             leaving, empty = self._leaving.copy(), dict[int, torch.cuda.Event]()
             for index in range(len(self._staged), self._max_ahead):
                 is_slots_own = index < len(self._slots)
-                num_bytes = self._bytes_each * (self._longest if is_slots_own else self.pieces[index].numel)
+                num_bytes = self._capacity(index)
                 staged += num_bytes
                 if staged > self._room.most_staged and not is_slots_own:
                     break
-                if (one := leaving.take_closest(num_bytes)) is not None:
+                below = self._capacity(0) if num_bytes < self._capacity(0) else None
+                one = leaving.take_first(num_bytes, below=below)
+                if one is None and num_bytes > room:
+                    one = leaving.take_first(num_bytes)
+                if one is not None:
                     fresh[index], empty[index] = one
                     continue
                 room -= num_bytes
@@ -142,6 +139,13 @@ class StreamedHome(Home):
             torch.cuda.set_stream(before)
         there = sum(buffer.numel() for buffer in self._staged.values()) + self._leaving.num_bytes
         self._peak_staging = max(self._peak_staging, 4 * self._longest * len(self._slots) + there)
+
+    def _capacity(self, index: int) -> int:
+        """Bytes of a piece's buffer. Buffers are of one size, so that any piece can have the one that is free next; if
+        each had its own, one that waits for the buffer of its size would hold up all that follow. Only a piece less
+        than half as long has a smaller one."""
+        numel = self.pieces[index].numel
+        return self._bytes_each * (self._longest if index < len(self._slots) or 2 * numel > self._longest else numel)
 
     def _stage(self, fresh: dict[int, Tensor], empty: dict[int, torch.cuda.Event]) -> None:
         """Upload into ``fresh``, by piece; buffers that were downloaded from are empty after an event."""
@@ -224,7 +228,7 @@ class StreamedHome(Home):
                 kept.add(id(buffer))
         self._staged.clear()
         for index in range(num_staged, len(self.pieces)):
-            one = self._leaving.take_first(self._bytes_each * self.pieces[index].numel, kept)
+            one = self._leaving.take_first(self._bytes_each * self.pieces[index].numel, among=kept)
             assert one is not None  # the two that slots begin with hold any piece
             self._bring(index, *one)
             self._finish(index, one.buffer, inputs, number)
@@ -232,10 +236,7 @@ class StreamedHome(Home):
 
     def _return(self, index: int, buffer: Tensor) -> None:
         """Download a piece once it is updated; its buffer leaves."""
-        torch.cuda.set_stream(self._returns)
-        self._returns.wait_event(self._updated[index])
-        self._download(index, buffer)
-        self._returned[index] = self._returns.record_event()
+        self._returned[index] = self._download(index, buffer, self._updated[index])
         self._leaving.add(buffer, self._returned[index])
 
     def _finish(self, index: int, buffer: Tensor, inputs: StepInputs, number: Tensor) -> None:
@@ -264,14 +265,11 @@ class StreamedHome(Home):
             weight.copy_(master)
         else:  # what crosses the link is the narrow type
             weight.copy_(master.to(weight.dtype, copy=True), non_blocking=True)
-            self._tick.zero_()
         self.context.clear_grad(piece)
 
-    def _download(self, index: int, buffer: Tensor) -> None:
-        image = buffer[: self._slabs[index].numel()]
-        for host, device in zip(self._slab_parts[index], image.split(DOWNLOAD_BYTES)):
-            host.copy_(device, non_blocking=True)
-            self._tick.zero_()
+    def _download(self, index: int, buffer: Tensor, ready: torch.cuda.Event) -> torch.cuda.Event:
+        slab = self._slabs[index]
+        return self._returns.copy(slab, buffer[: slab.numel()], ready)
 
     def _gather(self, bucket: int) -> None:
         with torch.cuda.stream(self._gathers):
@@ -295,8 +293,9 @@ class StreamedHome(Home):
         if self.is_broken:
             self._rest = None  # nothing further is begun
         self.launch_rest()
-        for stream in (*self._slots, self._returns, self._gathers):
+        for stream in (*self._slots, self._gathers):
             stream.synchronize()
+        self._returns.synchronize()
         self._leaving.reap()
 
     def tensors(self, index: int) -> dict[str, Tensor]:

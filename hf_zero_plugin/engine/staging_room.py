@@ -19,7 +19,7 @@ FULL_SHARE = 0.9
 """Of the device: what activations and staged buffers may take together. The rest is for what the former need at their
 peak, between two looks, and for gaps in the allocator's memory."""
 
-HELD_SHARE = 0.2
+HELD_SHARE = 0.3
 """Of what the device holds when a backward pass begins: buffers that may be on the device during the next forward pass
 for as long as that takes. With none, a forward pass would wait until nearly all states have gone down."""
 

@@ -58,7 +58,6 @@ def _compare() -> list[dict[str, Any]]:
             model = Net()
             engine = engine_for(model, **options, **BOTH)
             homes = [home for home in engine.parts.masters.homes if isinstance(home, StreamedHome)]  # type: ignore[union-attr]
-            detector.harmless += [home._tick for home in homes]
             during = _stand_ins(model)
             found = train(engine, poison=poison)
             engine.destroy()

@@ -19,7 +19,9 @@ from hf_zero_plugin.config.settings import (
     OffloadOptimizerSettings,
     OptimizerSettings,
 )
-from hf_zero_plugin.engine import assembly, offload_stream, staging_room, state_homes
+from hf_zero_plugin.engine import assembly, downloads, staging_room, state_homes
+from hf_zero_plugin.engine.buckets import cut_pieces
+from hf_zero_plugin.engine.downloads import Downloads
 from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.engine.leaving import LeavingBuffer, LeavingBuffers
 from hf_zero_plugin.engine.offload_stream import StreamedHome
@@ -28,6 +30,7 @@ from hf_zero_plugin.errors import HfZeroError
 from .races import RaceDetector
 
 WIDTH, DEPTH = 16, 8
+TAKE_FIRST = LeavingBuffers.take_first
 
 
 class Model(nn.Module):
@@ -61,7 +64,7 @@ class Room:
 @pytest.fixture(autouse=True)
 def tiny_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "BUCKET_NUMEL", WIDTH * WIDTH)
-    monkeypatch.setattr(offload_stream, "DOWNLOAD_BYTES", 1000)
+    monkeypatch.setattr(downloads, "CUT_BYTES", 1000)
 
 
 def _stream_on_the_cpu(monkeypatch: pytest.MonkeyPatch, *, room: bool) -> None:
@@ -76,11 +79,6 @@ def _stream_on_the_cpu(monkeypatch: pytest.MonkeyPatch, *, room: bool) -> None:
 def _homes(engine: ZeroEngine) -> list[StreamedHome]:
     assert engine.parts.masters is not None
     return [home for home in engine.parts.masters.homes if isinstance(home, StreamedHome)]
-
-
-def _watched(detector: RaceDetector, engine: ZeroEngine) -> ZeroEngine:
-    detector.harmless += [home._tick for home in _homes(engine)]
-    return engine
 
 
 def _engine(
@@ -165,7 +163,7 @@ def test_streams_are_ordered_and_change_nothing(
     wanted = _train(_engine(device="none", **resident), poison=poison)
     _stream_on_the_cpu(monkeypatch, room=room)
     with RaceDetector(sees_ends=not room) as detector:
-        engine = _watched(detector, _engine(device="cpu", **options))
+        engine = _engine(device="cpu", **options)
         found = _train(engine, poison=poison)
         (home,) = _homes(engine)
         least = home._longest * (4 + home._bytes_each) * 2
@@ -181,7 +179,7 @@ def test_whoever_looks_after_a_step_waits(looks: str, monkeypatch: pytest.Monkey
     wanted = _train(_engine("bf16", "none"), after_step=AFTER_STEP[looks])
     _stream_on_the_cpu(monkeypatch, room=True)
     with RaceDetector() as detector:
-        engine = _watched(detector, _engine("bf16", "cpu"))
+        engine = _engine("bf16", "cpu")
         found = _train(engine, after_step=AFTER_STEP[looks])
         engine.destroy()
     assert detector.races == []
@@ -192,9 +190,9 @@ def test_a_checkpoint_is_complete_right_after_a_step(tmp_path: Path, monkeypatch
     wanted = _train(_engine("bf16", "none"), 4)
     _stream_on_the_cpu(monkeypatch, room=True)
     with RaceDetector() as detector:
-        first = _watched(detector, _engine("bf16", "cpu"))
+        first = _engine("bf16", "cpu")
         _train(first, 3, after_step=lambda engine: engine.save_checkpoint(str(tmp_path)))
-        second = _watched(detector, _engine("bf16", "cpu"))
+        second = _engine("bf16", "cpu")
         second.load_checkpoint(str(tmp_path))
         generator = torch.Generator().manual_seed(3)
         second.backward(second(torch.randn(3, WIDTH, generator=generator).bfloat16()).float().square().mean())
@@ -207,8 +205,8 @@ def test_a_checkpoint_is_complete_right_after_a_step(tmp_path: Path, monkeypatch
 def test_buffers_on_their_way_down_make_no_room_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """A link that is slower than the step: what one step has staged is still there when the next backward begins."""
     _stream_on_the_cpu(monkeypatch, room=True)
-    with RaceDetector(sees_ends=False) as detector:
-        engine = _watched(detector, _engine("bf16", "cpu"))
+    with RaceDetector(sees_ends=False):
+        engine = _engine("bf16", "cpu")
         (home,) = _homes(engine)
         _train(engine, 2)
         leaving = home._leaving.num_bytes
@@ -224,7 +222,7 @@ def test_a_slow_link_costs_the_memory_of_one_step(room: bool, monkeypatch: pytes
     """Buffers on their way down are filled again before there are new ones."""
     _stream_on_the_cpu(monkeypatch, room=room)
     with RaceDetector(sees_ends=False) as detector:
-        engine = _watched(detector, _engine("bf16", "cpu"))
+        engine = _engine("bf16", "cpu")
         _train(engine, 1)
         (home,) = _homes(engine)
         after_one = home.staging_bytes
@@ -251,7 +249,7 @@ def test_other_amounts_of_memory_are_ordered_too(change: str, monkeypatch: pytes
     if change == "the device is full":
         monkeypatch.setattr(staging_room, "capacity_bytes", lambda _: 10**15)
     with RaceDetector(sees_ends=False) as detector:
-        engine = _watched(detector, _engine("bf16", "cpu"))
+        engine = _engine("bf16", "cpu")
         (home,) = _homes(engine)
         if change == "all are staged":
             _stage_all(home)
@@ -273,12 +271,33 @@ class Always:
         return False
 
 
-def _at_once(leaving: LeavingBuffers, num_bytes: int, among: set[int] | None = None) -> LeavingBuffer | None:
+def _at_once(leaving: LeavingBuffers, num_bytes: int, among: set[int] | None = None, **_: Any) -> LeavingBuffer | None:
     """The last one that fits, without waiting."""
     fits = [one.numel() >= num_bytes and (among is None or id(one) in among) for one in leaving.buffers]
     at = max((at for at, it_fits in enumerate(fits) if it_fits), default=None)
-    one = leaving._take(at)
-    return one._replace(downloaded=Always()) if one is not None else None  # type: ignore[arg-type]
+    if at is None:
+        return None
+    one = leaving._buffers[at]
+    del leaving._buffers[at]
+    return one._replace(downloaded=Always())  # type: ignore[arg-type]
+
+
+def _not_ahead(
+    leaving: LeavingBuffers, num_bytes: int, among: set[int] | None = None, **_: Any
+) -> LeavingBuffer | None:
+    return TAKE_FIRST(leaving, num_bytes, among=among) if among is not None else None
+
+
+def _at_once_ahead(leaving: LeavingBuffers, num_bytes: int, among: set[int] | None = None, **rest: Any) -> Any:
+    if among is not None:
+        return TAKE_FIRST(leaving, num_bytes, among=among)
+    return _at_once(leaving, num_bytes, **rest)
+
+
+def _at_once_after(leaving: LeavingBuffers, num_bytes: int, among: set[int] | None = None, **rest: Any) -> Any:
+    if among is None:
+        return TAKE_FIRST(leaving, num_bytes, **rest)
+    return _at_once(leaving, num_bytes, among)
 
 
 @pytest.mark.parametrize(
@@ -288,8 +307,9 @@ def _at_once(leaving: LeavingBuffers, num_bytes: int, among: set[int] | None = N
         "staged states have left",
         "slots wait for gradients",
         "states are new before they leave",
-        "take_first",
-        "take_closest",
+        "cuts wait for each other",
+        "buffers filled after the step are empty",
+        "buffers filled ahead are empty",
     ],
 )
 def test_a_missing_wait_is_found(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +318,7 @@ def test_a_missing_wait_is_found(missing: str, monkeypatch: pytest.MonkeyPatch) 
     if missing == "the forward pass waits":
         monkeypatch.setattr(StreamedHome, "wait", _without_waiting_for_the_update)
     with RaceDetector() as detector:
-        engine = _watched(detector, _engine("bf16", "cpu"))
+        engine = _engine("bf16", "cpu")
         if missing == "slots wait for gradients":
             for slot in _homes(engine)[0]._slots:
                 slot.wait_event = lambda event: None  # type: ignore[method-assign]
@@ -311,13 +331,17 @@ def test_a_missing_wait_is_found(missing: str, monkeypatch: pytest.MonkeyPatch) 
 
             monkeypatch.setattr(StreamedHome, "_return", forget)
             # Whoever is given a buffer that was downloaded from waits as well.
-            monkeypatch.setattr(LeavingBuffers, "take_closest", lambda *_: None)
+            monkeypatch.setattr(LeavingBuffers, "take_first", _not_ahead)
             _stage_all(_homes(engine)[0])
         if missing == "states are new before they leave":
-            home = _homes(engine)[0]
-            home._returns.wait_event = lambda event: None  # type: ignore[method-assign]
-        if missing in ("take_first", "take_closest"):
-            monkeypatch.setattr(LeavingBuffers, missing, _at_once)
+            copy = Downloads.copy
+            monkeypatch.setattr(Downloads, "copy", lambda self, host, device, _: copy(self, host, device, Always()))  # type: ignore[arg-type]
+        if missing == "cuts wait for each other":
+            monkeypatch.setattr(Downloads, "_last", property(lambda _: None, lambda *_: None), raising=False)
+        if missing == "buffers filled after the step are empty":
+            monkeypatch.setattr(LeavingBuffers, "take_first", _at_once_after)
+        if missing == "buffers filled ahead are empty":
+            monkeypatch.setattr(LeavingBuffers, "take_first", _at_once_ahead)
         _train(engine)
     assert detector.races
 
@@ -330,14 +354,14 @@ def test_a_full_device_loses_no_buffer_that_is_still_read(monkeypatch: pytest.Mo
     """Without the two buffers that a step needs there is an error, and what is on its way down stays where it is."""
     _stream_on_the_cpu(monkeypatch, room=True)
     with RaceDetector(sees_ends=False) as detector:
-        engine = _watched(detector, _engine("bf16", "cpu"))
+        engine = _engine("bf16", "cpu")
         (home,) = _homes(engine)
         _train(engine, 1)
         leaving = [id(buffer) for buffer in home._leaving.buffers]
         home.start_backward()
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", _full)
-            patch.setattr(LeavingBuffers, "take_closest", lambda *_: None)
+            patch.setattr(LeavingBuffers, "take_first", _not_ahead)
             with pytest.raises(torch.OutOfMemoryError):
                 home.prefetch()
         assert [id(buffer) for buffer in home._leaving.buffers] == leaving and leaving
@@ -351,7 +375,7 @@ def test_a_device_whose_free_memory_is_in_pieces_stages_what_it_can(monkeypatch:
     wanted = _train(_engine("bf16", "none"))
     _stream_on_the_cpu(monkeypatch, room=True)
     with RaceDetector(sees_ends=False) as detector:
-        engine = _watched(detector, _engine("bf16", "cpu"))
+        engine = _engine("bf16", "cpu")
         (home,) = _homes(engine)
         _train(engine, 3)
         _stage_all(home)
@@ -372,7 +396,7 @@ def test_an_interrupted_update_frees_nothing_that_is_in_use_and_is_not_passed_ov
 ) -> None:
     _stream_on_the_cpu(monkeypatch, room=False)
     with RaceDetector(sees_ends=False) as detector:
-        engine = _watched(detector, _engine("bf16", "cpu"))
+        engine = _engine("bf16", "cpu")
         (home,) = _homes(engine)
         _train(engine, 1)
         original, last = home._update, len(home.pieces) - 1
@@ -387,8 +411,25 @@ def test_an_interrupted_update_frees_nothing_that_is_in_use_and_is_not_passed_ov
         engine.step()
         with pytest.raises(torch.OutOfMemoryError):
             engine.synchronize()
-        for slot in (*home._slots, home._returns):
+        for slot in (*home._slots, *home._returns._streams):
             assert all(detector.host.get(name, 0) >= count for name, count in slot.clock.items())  # type: ignore[attr-defined]
         with pytest.raises(HfZeroError, match=r"interrupted by an error.*load a checkpoint"):
             engine(torch.randn(3, WIDTH).bfloat16())
         del home._update
+
+
+def test_pieces_wait_for_buffers_in_the_order_in_which_these_become_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits for a buffer that is empty late would hold up all that come after it, whatever their sizes."""
+    monkeypatch.setattr(state_homes, "cut_pieces", lambda *args, **_: cut_pieces(*args, max_numel=200))
+    _stream_on_the_cpu(monkeypatch, room=True)
+    with RaceDetector(sees_ends=False):
+        engine = _engine("bf16", "cpu")
+        (home,) = _homes(engine)
+        assert len({piece.numel for piece in home.pieces}) > 1
+        _train(engine, 4)
+        home.start_backward()
+        place = {id(buffer): at for at, buffer in enumerate(home._leaving.buffers)}
+        home.prefetch()
+        places = [place.get(id(buffer)) for buffer in home._staged.values()]
+        assert len(places) > 3 and places == sorted(places, key=lambda at: -1 if at is None else at)
+        engine.destroy()
