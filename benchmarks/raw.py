@@ -33,6 +33,8 @@ class Setting(NamedTuple):
     gpu_gib: float | None
     logs_losses: bool
     """Every step's loss was read, which makes the host wait: such cells are no timings."""
+    is_earlier: bool = False
+    """Of an engine before transfers were changed; the file's name says so. Kept for what was measured beside it."""
 
     @property
     def label(self) -> str:
@@ -45,6 +47,8 @@ class Setting(NamedTuple):
             parts.append("checkpointing")
         if self.gpu_gib:
             parts.append(f"{self.gpu_gib:g} GiB of GPU")
+        if self.is_earlier:
+            parts.append("earlier engine")
         return ", ".join(parts)
 
 
@@ -132,6 +136,7 @@ class Raw:
                 continue
             record["device"] = limits.get("device", "CPU")
             record["limits"] = limits
+            record["is_earlier"] = "-earlier-" in path.name
             if "largest" in record:
                 self.largest.append(record)
             elif "lost_rank" in record:
@@ -183,6 +188,7 @@ def setting_of(record: Record) -> Setting:
         dropout=record.get("dropout"),
         gpu_gib=record.get("gpu_gib"),
         logs_losses="losses" in record,
+        is_earlier=record.get("is_earlier", False),
     )
 
 

@@ -185,7 +185,7 @@ def run_training(job: argparse.Namespace, is_first: bool, baseline: int) -> dict
     can_reset = reset_peak()
     before = resident_bytes()
     if job.turns:
-        job.steps = steps_of_turns(job.turns, job.warmup)
+        job.steps = steps_of_turns(job)
     trainer, clock, tokens, total = make_trainer(job, cuda)
     trainer.train()
     result = {**describe(job), "num_parameters": total, **clock.finish()}

@@ -1,10 +1,11 @@
 """Engines that are loaded at once and take turns of a few steps, so that a drifting machine drifts for all of them.
 
-A cell with ``turns=8`` is loaded by every engine of its list; after the warm-up each waits. A turn is one step that is
-not timed and ``TURN_STEPS`` that are; then the device runs dry and the next engine has its turn. Time is taken at the
-ends of steps, without waiting for the device: work that is under way when the first timed step begins is as much as
+A cell with ``turns=8`` is loaded by every engine of its list; after the warm-up each waits. A turn is some steps that
+are not timed and ``TURN_STEPS`` that are; then the device runs dry and the next engine has its turn. Time is taken at
+the ends of steps, without waiting for the device: work that is under way when the first timed step begins is as much as
 what is under way when the last one ends. A round is one turn of each engine. Waiting engines have emptied their
-device caches.
+device caches, so every shape of batch comes once before time is taken: what a cache takes from the driver again costs
+no training that goes on.
 
 Two runs of one engine, seconds apart, differed by half on a host whose cores others use too; only this tells engines
 apart there.
@@ -22,13 +23,20 @@ from typing import Any
 
 import psutil
 from spans import describe_peaks, describe_span
+from workloads import DISTINCT_BATCHES, is_decoder
 
-TURN_STEPS = 4
+TURN_STEPS = DISTINCT_BATCHES
+"""Timed steps of a turn: each batch once."""
 
 
-def steps_of_turns(turns: int, warmup: int) -> int:
-    """All steps of a run: the warm-up, then one untimed and TURN_STEPS timed ones a turn."""
-    return warmup + turns * (1 + TURN_STEPS)
+def untimed_steps(job: argparse.Namespace) -> int:
+    """Of each turn, before those that are timed: one of every shape."""
+    return 1 if is_decoder(job.model) else DISTINCT_BATCHES
+
+
+def steps_of_turns(job: argparse.Namespace) -> int:
+    """All steps of a run: the warm-up, then untimed and TURN_STEPS timed ones a turn."""
+    return int(job.warmup + job.turns * (untimed_steps(job) + TURN_STEPS))
 
 
 def wait_for_turn() -> bool:
@@ -49,6 +57,7 @@ class TurnClock:
 
     def __init__(self, job: argparse.Namespace, cuda: bool, wait: Callable[[], bool] = wait_for_turn) -> None:
         self.warmup, self.turns, self.cuda = job.warmup, job.turns, cuda
+        self.untimed = untimed_steps(job)
         self.first_step_at = 0.0
         self.is_over = False
         """There is no further turn; training should end."""
@@ -60,12 +69,12 @@ class TurnClock:
         self._peak_before = 0
 
     def _place_of(self, step: int) -> tuple[int, int]:
-        """(turn, place in it); turns are negative in the warm-up. Place 1 is the untimed step, 0 the last of a turn."""
-        return divmod(step - self.warmup, 1 + TURN_STEPS)
+        """(turn, place in it); turns are negative in the warm-up. First come the untimed steps; the last one's place is 0."""
+        return divmod(step - self.warmup, self.untimed + TURN_STEPS)
 
     def times_step(self, step: int) -> bool:
         """Whether step ``step``, counted from 1, is one of a turn's timed steps."""
-        return step > self.warmup and self._place_of(step)[1] != 1
+        return step > self.warmup and not 0 < self._place_of(step)[1] <= self.untimed
 
     def on_step_end(self) -> None:
         self.num_steps += 1
@@ -74,12 +83,12 @@ class TurnClock:
         turn, place = self._place_of(self.num_steps)
         if turn < 0:
             return
-        if place == 1:
+        if place == self.untimed:
             self._own = psutil.Process().cpu_times()
             self._stamps = [time.perf_counter()]
-        elif place > 1:
+        elif place > self.untimed:
             self._stamps.append(time.perf_counter())
-        elif turn > 0:
+        elif place == 0 and turn > 0:
             self._stamps.append(time.perf_counter())
             self._records.append(describe_span(self._stamps, self._stamps[-1], self._own))
         if place == 0 and turn < self.turns:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -21,7 +22,9 @@ from run import parse_cells
 from serving import merge, peer_path
 from table import render
 from tables_ranks import parity_difference, parity_pairs
+from transfers import Turns
 from turns import TURN_STEPS, TurnClock, split_turns, steps_of_turns
+from workloads import DISTINCT_BATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
@@ -189,8 +192,9 @@ def test_a_lost_rank_is_watched_to_the_end(tmp_path: Path) -> None:
     assert "rank 0 of 2, step 3" in bare["message"]
 
 
-def test_a_run_in_turns_waits_before_each_turn_and_times_nothing_else() -> None:
-    job = argparse.Namespace(warmup=3, turns=2)
+@pytest.mark.parametrize(("model", "untimed"), [("t5-tiny", DISTINCT_BATCHES), ("decoder-tiny", 1)])
+def test_a_run_in_turns_waits_before_each_turn_and_times_nothing_else(model: str, untimed: int) -> None:
+    job = argparse.Namespace(model=model, warmup=3, turns=2)
     waits: list[int] = []
 
     def wait() -> bool:
@@ -198,21 +202,24 @@ def test_a_run_in_turns_waits_before_each_turn_and_times_nothing_else() -> None:
         return True
 
     clock = TurnClock(job, cuda=False, wait=wait)
-    for _ in range(steps_of_turns(job.turns, job.warmup)):
+    timed = 0
+    for _ in range(steps_of_turns(job)):
+        timed += clock.times_step(clock.num_steps + 1)
         clock.on_step_end()
-    assert waits == [3, 3 + 1 + TURN_STEPS]
+    assert waits == [3, 3 + untimed + TURN_STEPS]
+    assert timed == 2 * TURN_STEPS
     result = clock.finish()
     assert [record["steps"] for record in result["turns"]] == [TURN_STEPS] * 2
 
 
 def test_turns_may_end_early() -> None:
     """Time is up: what was measured is kept."""
-    job = argparse.Namespace(warmup=3, turns=5)
+    job = argparse.Namespace(model="t5-tiny", warmup=3, turns=5)
     words = iter([True, True, False])
     clock = TurnClock(job, cuda=False, wait=lambda: next(words))
     while not clock.is_over:
         clock.on_step_end()
-    assert clock.num_steps == steps_of_turns(2, job.warmup)
+    assert clock.num_steps == 3 + 2 * (DISTINCT_BATCHES + TURN_STEPS)
     assert len(clock.finish()["turns"]) == 2
 
 
@@ -244,3 +251,28 @@ def test_turns_become_rounds() -> None:
     assert (first["first_step_s"], second["first_step_s"]) == (4.0, None)
     assert second["tokens_per_s"] == pytest.approx(4096 / 20 * 1000)
     assert "turns" not in first
+
+
+def test_ways_take_turns_in_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[int, str]] = []
+    turns = Turns(["one", "other"], rounds=2, warmup=2, timed=3)
+    monkeypatch.setattr("transfers.find_home", lambda: None)
+    monkeypatch.setattr("transfers.take_way", lambda _, way: taken.append((turns._step, way)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    for _ in range(turns.num_steps):
+        turns.on_step_end(None, None, None)
+    assert taken == [(0, "one"), (5, "other"), (10, "one"), (15, "other")]
+    assert {way: len(found) for way, found in turns.step_ms.items()} == {"one": 2, "other": 2}
+    assert turns.peak_gib == {"one": 1.0, "other": 1.0}
+
+
+def test_a_file_of_an_earlier_engine_makes_rows_of_its_own(tmp_path: Path) -> None:
+    line = {"engine": "ours", "round": 0, "model": "t5-tiny", "precision": "bf16", "batch": 1, "step_ms": [2.0]}
+    for name, ms in (("a-earlier-engine.jsonl", 2.0), ("a.jsonl", 1.0)):
+        lines = [{"limits": LIMITS}, {**line, "step_ms_median": ms, "step_ms_mean": ms}]
+        (tmp_path / name).write_text("\n".join(json.dumps(line) for line in lines))
+    cells = list(Raw(sorted(tmp_path.iterdir())).cells("A GPU"))
+    assert [(cell.label, cell.values("ours", "step_ms_median")) for cell in cells] == [
+        ("t5-tiny bf16, batch 1", [1.0]),
+        ("t5-tiny bf16, batch 1, earlier engine", [2.0]),
+    ]

@@ -14,7 +14,7 @@ from tests.helpers import run_ranks
 
 from .races import RaceDetector
 from .stage3 import Net, engine_for, train
-from .test_races import WIDTH, _engine, _homes, _stream_on_the_cpu, _train, _watched, tiny_buckets
+from .test_races import WIDTH, _engine, _homes, _stream_on_the_cpu, _train, tiny_buckets
 
 __all__ = ["tiny_buckets"]
 
@@ -30,7 +30,7 @@ def test_an_engine_that_is_dropped_after_a_step_leaves_the_weights_of_that_step(
     wanted = _train(_engine("bf16", "none"), 1)
     _stream_on_the_cpu(monkeypatch, room=room)
     with RaceDetector() as detector:
-        engine = _watched(detector, _engine("bf16", "cpu"))
+        engine = _engine("bf16", "cpu")
         model = engine.module
         x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
         engine.backward(engine(x).float().square().mean())
@@ -65,7 +65,7 @@ def test_a_step_without_a_backward_pass_has_no_gradients(precision: str, monkeyp
     assert resident.get_global_grad_norm() == 0.0
     _stream_on_the_cpu(monkeypatch, room=True)
     with RaceDetector() as detector:
-        engine = _watched(detector, _engine(precision, "cpu"))
+        engine = _engine(precision, "cpu")
         found = _train(engine, 3, after_step=again)
         engine.destroy()
     assert detector.races == []
@@ -82,7 +82,7 @@ def test_an_evaluation_in_inference_mode_may_come_between(monkeypatch: pytest.Mo
 
     found = None
     with RaceDetector() as detector:
-        engine = _watched(detector, _engine("bf16", "cpu"))
+        engine = _engine("bf16", "cpu")
         found = _train(engine, 3, after_step=evaluate)
         engine.destroy()
     assert detector.races == []
@@ -106,7 +106,7 @@ def test_a_model_that_is_moved_or_cast_takes_the_updated_weights_along(
     wanted = [weight.double() for weight in _train(_engine(precision, "none"), 1)]
     _stream_on_the_cpu(monkeypatch, room=True)
     with RaceDetector() as detector:
-        engine = _watched(detector, _engine(precision, "cpu"))
+        engine = _engine(precision, "cpu")
         x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
         engine.backward(engine(x.to(next(engine.module.parameters()).dtype)).float().square().mean())
         engine.step()
