@@ -69,7 +69,7 @@ class TurnClock:
         self._peak_before = 0
 
     def _place_of(self, step: int) -> tuple[int, int]:
-        """(turn, place in it); turns are negative in the warm-up. First come the untimed steps; the last one's place is 0."""
+        """(turn, place in it); turns are negative in the warm-up. Untimed steps come first; the last has place 0."""
         return divmod(step - self.warmup, self.untimed + TURN_STEPS)
 
     def times_step(self, step: int) -> bool:

@@ -16,10 +16,11 @@ Letters: P = padded length of a bucket, S = length of one rank's shard, W = numb
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["BucketLayout", "ParamSpec", "Piece", "Segment", "Slot", "cut_pieces", "plan_buckets"]
+__all__ = ["BucketLayout", "ParamSpec", "Piece", "Segment", "Slot", "cut_pieces", "even_numel", "plan_buckets"]
 
 SMALL_NUMEL = 32 * 1024
 """Norms and biases up to this size share bucket 0: spread over all buckets, each would cost an update call of its own
@@ -124,6 +125,11 @@ class Piece:
         return self.end - self.start
 
 
+MAX_LOSS = 0.1
+NUM_DIVISORS = 16
+"""Pieces are not made shorter than the longest allowed by more than this factor."""
+
+
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
@@ -174,7 +180,7 @@ def _lay_out(index: int, run: list[ParamSpec], num_shards: int) -> BucketLayout:
 def cut_pieces(layout: BucketLayout, shard: int, *, max_numel: int | None = None) -> list[Piece]:
     """Cut one shard of a bucket into pieces of one optimizer group each, none longer than ``max_numel``.
 
-    Those of one group in one bucket are about equally long."""
+    Those of one group are about equally long, if ``max_numel`` is a multiple of ``SLOT_ALIGNMENT``."""
     low, high = layout.shard_range(shard)
     pieces: list[Piece] = []
     for segment in layout.segments:
@@ -186,6 +192,41 @@ def cut_pieces(layout: BucketLayout, shard: int, *, max_numel: int | None = None
             Piece(layout.index, segment.group, begin, min(begin + step, end)) for begin in range(start, end, step)
         )
     return pieces
+
+
+def even_numel(segments: Sequence[int], longest: int) -> int:
+    """How long pieces should be so that buffers of one size hold nearly all of them, and are nearly full.
+
+    Args:
+        segments: elements of what is cut each for itself, as by ``cut_pieces``.
+        longest: of a piece, at most; a multiple of ``SLOT_ALIGNMENT``.
+
+    Returns:
+        Of the lengths that divide a segment evenly the largest that loses at most ``MAX_LOSS``: what buffers of that
+        length have too much, and all elements of pieces that are half as long or shorter. If there is none, the one
+        that loses least.
+    """
+    counts = Counter(segments)
+    total = max(1, sum(segments))
+
+    def loss(numel: int) -> float:
+        lost = 0
+        for segment, times in counts.items():
+            num_pieces = -(-segment // numel)
+            is_short = 2 * segment <= numel * num_pieces
+            lost += times * (segment if is_short else numel * num_pieces - segment)
+        return lost / total
+
+    found = {longest}
+    for segment in counts:
+        fewest = -(-segment // longest)
+        for num_pieces in range(fewest, 2 * fewest + NUM_DIVISORS):
+            numel = _round_up(-(-segment // num_pieces), SLOT_ALIGNMENT)
+            if longest // NUM_DIVISORS <= numel <= longest:
+                found.add(numel)
+    losses = {numel: loss(numel) for numel in found}
+    good = [numel for numel in found if losses[numel] <= MAX_LOSS]
+    return max(good, default=min(found, key=lambda numel: (losses[numel], -numel)))
 
 
 def cut_whole_parameters(layout: BucketLayout) -> list[Piece]:

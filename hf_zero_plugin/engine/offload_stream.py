@@ -49,8 +49,8 @@ __all__ = ["StreamedHome"]
 
 
 class StreamedHome(Home):
-    """See the module. Piece i belongs to slot i modulo ``num_slots``, whose stream uploads and updates it; one stream
-    downloads them all, in their order."""
+    """See the module. Piece i belongs to slot i modulo ``num_slots``, whose stream uploads and updates it;
+    ``Downloads`` brings them all down, in their order."""
 
     def __init__(
         self, context: Context, pieces: Sequence[Piece], *, pin_memory: bool = True, num_slots: int = 2
@@ -111,28 +111,26 @@ class StreamedHome(Home):
             torch.cuda.set_stream(compute)  # whose memory it is
             fresh: dict[int, Tensor] = {}
             leaving, empty = self._leaving.copy(), dict[int, torch.cuda.Event]()
+            whole = self._capacity(0)
             for index in range(len(self._staged), self._max_ahead):
                 is_slots_own = index < len(self._slots)
                 num_bytes = self._capacity(index)
                 staged += num_bytes
                 if staged > self._room.most_staged and not is_slots_own:
                     break
-                below = self._capacity(0) if num_bytes < self._capacity(0) else None
-                one = leaving.take_first(num_bytes, below=below)
-                if one is None and num_bytes > room:
-                    one = leaving.take_first(num_bytes)
-                if one is not None:
-                    fresh[index], empty[index] = one
-                    continue
-                room -= num_bytes
-                if room < 0 and not is_slots_own:
+                one = leaving.take_first(num_bytes, below=whole if num_bytes < whole else None)
+                if one is None and (num_bytes <= room or is_slots_own):
+                    try:
+                        fresh[index] = torch.empty(num_bytes, dtype=torch.uint8, device=self.context.device)
+                        room -= num_bytes
+                        continue
+                    except torch.OutOfMemoryError:  # free, but in pieces
+                        if is_slots_own:
+                            raise
+                if one is None and (one := leaving.take_first(num_bytes)) is None:
                     break
-                try:
-                    fresh[index] = torch.empty(num_bytes, dtype=torch.uint8, device=self.context.device)
-                except torch.OutOfMemoryError:  # free, but in pieces
-                    if is_slots_own:
-                        raise
-                    break
+                fresh[index], empty[index] = one
+                staged += one.buffer.numel() - num_bytes
             self._leaving = leaving  # not before all of the memory is there
             self._stage(fresh, empty)
         finally:
@@ -142,8 +140,8 @@ class StreamedHome(Home):
 
     def _capacity(self, index: int) -> int:
         """Bytes of a piece's buffer. Buffers are of one size, so that any piece can have the one that is free next; if
-        each had its own, one that waits for the buffer of its size would hold up all that follow. Only a piece less
-        than half as long has a smaller one."""
+        each had its own, one that waits for the buffer of its size would hold up all that follow. Only pieces of half
+        that size and less have smaller ones; ``even_numel`` sees to it that there are few."""
         numel = self.pieces[index].numel
         return self._bytes_each * (self._longest if index < len(self._slots) or 2 * numel > self._longest else numel)
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from hf_zero_plugin.config.settings import EngineSettings, OffloadOptimizerSettings
-from hf_zero_plugin.engine.buckets import BucketLayout, Piece, cut_pieces, cut_whole_parameters
+from hf_zero_plugin.engine.buckets import BucketLayout, Piece, cut_pieces, cut_whole_parameters, even_numel
 from hf_zero_plugin.engine.client_home import ClientHome
 from hf_zero_plugin.engine.device_home import DeviceHome
 from hf_zero_plugin.engine.host_threads import host_threads
@@ -50,8 +50,8 @@ __all__ = [
 ]
 
 STREAM_PIECE_NUMEL = 12 * 2**20
-"""Elements per piece that passes through the device: each of two slots takes (K + 2) * 4 bytes of device memory per
-element (Adam: 200 MB each), and every piece costs the host about twenty calls a step."""
+"""Elements per piece that passes through the device, at most: each of two slots takes (K + 2) * 4 bytes of device
+memory per element (Adam: 200 MB each), and every piece costs the host about twenty-five calls a step."""
 
 LINK_NUMEL_PER_S = 4.2e9
 THREAD_NUMEL_PER_S = 0.15e9
@@ -91,6 +91,9 @@ def make_homes(
         and not isinstance(context.rule, TorchRule)
     )
     longest = STREAM_PIECE_NUMEL if streams or offload.device == "nvme" else None
+    if streams:
+        segments = [piece for layout in layouts for piece in cut_pieces(layout, sharding.shard_of(layout))]
+        longest = even_numel([segment.numel for segment in segments], STREAM_PIECE_NUMEL)
     pieces = [piece for layout in layouts for piece in cut_pieces(layout, sharding.shard_of(layout), max_numel=longest)]
     if not to_host:
         return [DeviceHome(context, pieces)]

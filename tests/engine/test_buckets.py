@@ -16,6 +16,7 @@ from hf_zero_plugin.engine.buckets import (
     ParamSpec,
     cut_pieces,
     cut_whole_parameters,
+    even_numel,
     plan_buckets,
 )
 from hf_zero_plugin.engine.flat import FlatWeights, view_of
@@ -162,3 +163,24 @@ def test_flat_weights_keep_identity_shape_and_value(dtype: torch.dtype) -> None:
         for slot in layout.slots:
             assert params[slot.spec.index].data_ptr() == view_of(flat, slot).data_ptr()
     assert weights.num_bytes == sum(layout.padded_numel for layout in layouts) * dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("segments", "wanted"),
+    [
+        ([1000, 1000, 6400], 1024),  # the longest allowed is good enough
+        ([1024] * 8 + [1088] * 40, 576),  # 1088 would be two pieces of 544 in buffers of 1024
+        ([320] * 30 + [4096], 320),  # and a few long ones do not make short all others
+        ([64], 64),
+    ],
+)
+def test_pieces_of_even_length(segments: list[int], wanted: int) -> None:
+    assert even_numel(segments, 1024) == wanted
+
+
+@given(st.lists(st.integers(1, 10_000), max_size=20), st.integers(1, 40))
+def test_an_even_length_is_one_that_may_be_asked_for(segments: list[int], units: int) -> None:
+    longest = 64 * units
+    numel = even_numel(segments, longest)
+    assert 0 < numel <= longest
+    assert numel % 64 == 0

@@ -5,6 +5,7 @@ The CPU stands in for the GPU; ``races.py`` holds every access to memory against
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -433,3 +434,50 @@ def test_pieces_wait_for_buffers_in_the_order_in_which_these_become_empty(monkey
         places = [place.get(id(buffer)) for buffer in home._staged.values()]
         assert len(places) > 3 and places == sorted(places, key=lambda at: -1 if at is None else at)
         engine.destroy()
+
+
+class Event:
+    """One that nobody has to wait for yet."""
+
+    def query(self) -> bool:
+        return False
+
+
+def test_the_buffer_that_is_empty_first_is_taken_within_bounds() -> None:
+    leaving = LeavingBuffers()
+    buffers = [torch.empty(size) for size in (4, 9, 6, 9)]
+    for buffer in buffers:
+        leaving.add(buffer, Event())  # type: ignore[arg-type]
+
+    def take(*args: Any, **bounds: Any) -> int | None:
+        one = leaving.take_first(*args, **bounds)
+        return next((at for at, buffer in enumerate(buffers) if one is not None and one.buffer is buffer), None)
+
+    assert take(5, below=9) == 2
+    assert take(5, below=9) is None
+    assert take(5, among={id(buffers[3])}) == 3
+    assert take(5) == 1
+    assert take(5) is None and take(4) == 0
+
+
+def test_a_short_piece_takes_a_large_buffer_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = _train(_engine("bf16", "none"), 6)
+    _stream_on_the_cpu(monkeypatch, room=True)
+    with RaceDetector(sees_ends=False) as detector:
+        engine = _engine("bf16", "cpu")
+        (home,) = _homes(engine)
+        whole = home._capacity(0)
+        assert home._capacity(2) < whole, "pieces of this model are short beside its first"
+        _train(engine, 3)
+        _stage_all(home)
+        home.start_backward()
+        large = [one for one in home._leaving._buffers if one.buffer.numel() == whole]
+        large += [one._replace(buffer=torch.empty(whole, dtype=torch.uint8)) for one in large]
+        home._leaving = LeavingBuffers(deque(large))
+        home._room.ceiling = 0
+        home.prefetch()
+        assert [buffer.numel() for buffer in home._staged.values()] == [whole] * 4
+        found = _train(engine, 3, first=3)
+        engine.destroy()
+    assert detector.races == []
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))

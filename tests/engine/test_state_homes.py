@@ -12,7 +12,11 @@ from transformers import Adafactor
 
 from hf_zero_plugin.config.settings import OffloadOptimizerSettings
 from hf_zero_plugin.engine import host_threads as host_threads_module
+from hf_zero_plugin.engine import state_homes
+from hf_zero_plugin.engine.buckets import ParamSpec, Piece, plan_buckets
 from hf_zero_plugin.engine.host_threads import host_threads
+from hf_zero_plugin.engine.optimizers import rule_from_config
+from hf_zero_plugin.engine.sharding import sharding_for
 from hf_zero_plugin.engine.state_homes import host_share, interleaved
 
 from .harness import Tiny, make_engine, settings_for
@@ -101,3 +105,30 @@ def test_whole_parameters_cannot_be_shared_out_and_that_is_told(
         make_engine(model, settings, client_optimizer=client).destroy()
     assert told in caplog.text
     assert bool(told) == ("no effect" in caplog.text)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_states_stream_in_pieces_of_even_length(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor that is a little longer than a piece may be gives two that are a little longer than half of one; a
+    long one beside it is cut like them, so that all buffers are alike."""
+    monkeypatch.setattr(state_homes, "STREAM_PIECE_NUMEL", 64 * 16)
+    made: dict[str, list[Piece]] = {}
+    for name in ("DeviceHome", "StreamedHome"):
+        monkeypatch.setattr(
+            state_homes, name, lambda _, pieces, name=name, **__: made.__setitem__(name, pieces) or SimpleNamespace()
+        )
+    sizes = [64 * 100, *[64 * 18] * 30]
+    specs = [ParamSpec(at, f"p{at}", (size,), size, torch.bfloat16, 0) for at, size in enumerate(sizes)]
+    layouts = plan_buckets(specs, bucket_numel=64 * 16, num_shards=ranks)
+    settings = settings_for(2, "bf16", {"device": "cpu"})
+    parts: Any = SimpleNamespace(
+        sharding=sharding_for(2, rank=ranks - 1, world_size=ranks), device=torch.device("cuda")
+    )
+    assert settings.optimizer is not None
+    context: Any = SimpleNamespace(rule=rule_from_config(settings.optimizer), is_alone=ranks == 1)
+    state_homes.make_homes(parts, settings, context, None, layouts)
+    assert made["DeviceHome"] == []
+    numels = [piece.numel for piece in made["StreamedHome"]]
+    assert sum(numels) == sum(layout.shard_numel for layout in layouts)
+    assert max(numels) <= 64 * 16
+    assert min(numels) > 0.75 * max(numels)
