@@ -20,6 +20,7 @@ from largest import ladder, next_rung
 from raw import Raw
 from run import parse_cells
 from serving import merge, peer_path
+from simulate import GIB, Machine, pieces_of, simulate
 from table import render
 from tables_ranks import parity_difference, parity_pairs
 from transfers import Turns
@@ -276,3 +277,24 @@ def test_a_file_of_an_earlier_engine_makes_rows_of_its_own(tmp_path: Path) -> No
         ("t5-tiny bf16, batch 1", [1.0]),
         ("t5-tiny bf16, batch 1, earlier engine", [2.0]),
     ]
+
+
+def test_a_simulated_step_is_the_longer_of_device_and_link() -> None:
+    pieces = pieces_of("t5-base")
+    link_s = 12 * sum(piece.numel for piece in pieces) / 49e9
+    device_bound = simulate(pieces, Machine(forward_s=0.4, backward_s=0.6, activations=20 * GIB))
+    assert device_bound["step_ms"] == pytest.approx(1000, rel=0.01)
+    assert device_bound["wait_ms"] == pytest.approx(0, abs=1)
+    link_bound = simulate(pieces, Machine(forward_s=0.001, backward_s=0.001, activations=20 * GIB))
+    assert 1000 * link_s <= link_bound["step_ms"] < 1.15 * 1000 * link_s
+    without_room = simulate(pieces, Machine(forward_s=0.02, backward_s=0.04, activations=0.0))
+    assert without_room["step_ms"] > 1000 * (link_s + 0.04)
+
+
+@pytest.mark.parametrize("activations", [8, 30])
+def test_transfers_of_a_decoder_fill_the_link(activations: int) -> None:
+    """Neither a buffer of another size nor the wait for one holds them up, where there is memory to stage half in."""
+    pieces = pieces_of("decoder-3b")
+    link_ms = 1000 * 12 * sum(piece.numel for piece in pieces) / 49e9
+    found = simulate(pieces, Machine(forward_s=0.1, backward_s=0.2, activations=activations * GIB, launch_s=0.08))
+    assert found["step_ms"] < 1.05 * link_ms

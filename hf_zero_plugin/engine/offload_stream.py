@@ -18,7 +18,8 @@ activations, and staging takes that memory: never more than the device held when
 of the states, since the other half is needed later than it takes to bring it. A buffer is dropped when the host has
 seen its download over: the compute stream may use it without waiting. What is still on its way down at the end of the
 next forward pass comes on top of that pass's own peak, and is the first to be filled again. So buffers are filled anew
-only up to a share of that peak, and on a device that is nearly full no more than two are staged (``staging_room.py``).
+only up to a share of that peak, or up to what was on its way down then anyway, and on a device that is nearly full no
+more than two are staged (``staging_room.py``).
 New weights are all there once the link has brought down what the device may not hold.
 
 Right after a step its caller reads numbers: the engine the norm, the Trainer whether the loss is finite, twice.

@@ -19,9 +19,9 @@ FULL_SHARE = 0.9
 """Of the device: what activations and staged buffers may take together. The rest is for what the former need at their
 peak, between two looks, and for gaps in the allocator's memory."""
 
-HELD_SHARE = 0.3
+HELD_SHARE = 0.2
 """Of what the device holds when a backward pass begins: buffers that may be on the device during the next forward pass
-for as long as that takes. With none, a forward pass would wait until nearly all states have gone down."""
+for as long as that takes, at least. With none, a forward pass would wait until nearly all states have gone down."""
 
 
 class StagingRoom:
@@ -41,11 +41,12 @@ class StagingRoom:
         """A backward pass begins; ``leaving`` is what buffers on their way down take.
 
         Those are no activations: counted as such, they would let this pass stage as much on top of what it stages
-        anyway, and the next one more again.
+        anyway, and the next one more again. But they were there all through the forward pass, since a host that runs
+        ahead of the device sees no download end: the next step may fill as many anew at no cost.
         """
         self.ceiling = allocated_bytes(self._device) - leaving
         self.most_staged = self._capacity - self.ceiling
-        self.most_held = int(HELD_SHARE * self.ceiling)
+        self.most_held = max(int(HELD_SHARE * self.ceiling), leaving)
 
     @property
     def free(self) -> int:

@@ -215,6 +215,7 @@ def test_buffers_on_their_way_down_make_no_room_for_more(monkeypatch: pytest.Mon
         monkeypatch.setattr(staging_room, "allocated_bytes", lambda _: 5000 + leaving)
         home.start_backward()
         assert home._room.ceiling == 5000
+        assert home._room.most_held == leaving > 0.2 * 5000, "they were there all the time"
         engine.destroy()
 
 
