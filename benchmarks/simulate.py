@@ -26,7 +26,7 @@ from workloads import build_model
 
 from hf_zero_plugin.engine import offload_stream, staging_room
 from hf_zero_plugin.engine.assembly import BUCKET_NUMEL
-from hf_zero_plugin.engine.buckets import ParamSpec, Piece, cut_pieces, even_numel, plan_buckets
+from hf_zero_plugin.engine.buckets import ParamSpec, Piece, cut_evenly, plan_buckets
 from hf_zero_plugin.engine.leaving import LeavingBuffers
 from hf_zero_plugin.engine.offload_stream import StreamedHome
 from hf_zero_plugin.engine.state_homes import STREAM_PIECE_NUMEL
@@ -213,9 +213,7 @@ def pieces_of(name: str) -> list[Piece]:
         for index, (at, param) in enumerate(model.named_parameters())
     ]
     layouts = plan_buckets(specs, bucket_numel=BUCKET_NUMEL, num_shards=1)
-    segments = [piece.numel for layout in layouts for piece in cut_pieces(layout, 0)]
-    numel = even_numel(segments, STREAM_PIECE_NUMEL)
-    return [piece for layout in layouts for piece in cut_pieces(layout, 0, max_numel=numel)]
+    return cut_evenly(layouts, [0] * len(layouts), STREAM_PIECE_NUMEL)
 
 
 def simulate(pieces: list[Piece], machine: Machine, steps: int = 12) -> dict[str, float]:

@@ -19,6 +19,7 @@ import gc
 import json
 import time
 from collections import defaultdict
+from functools import cache
 from typing import Any
 
 import cell
@@ -32,7 +33,6 @@ from hf_zero_plugin.engine.leaving import LeavingBuffer, LeavingBuffers
 from hf_zero_plugin.engine.offload_stream import StreamedHome
 
 CUT_BYTES = 72 * 2**20
-_ticks: dict[torch.device, Tensor] = {}
 _take_first = LeavingBuffers.take_first
 _defaults = {"held": staging_room.HELD_SHARE, "ahead": staging_room.MAX_AHEAD_SHARE}
 _methods = {name: getattr(StreamedHome, name) for name in ("_capacity", "_download")}
@@ -51,12 +51,17 @@ def own_size(home: StreamedHome, index: int) -> int:
     return home._bytes_each * (home._longest if index < len(home._slots) else home.pieces[index].numel)
 
 
+@cache
+def make_tick(device: torch.device) -> Tensor:
+    """Something for a tiny kernel to write to, ready for any stream."""
+    tick = torch.zeros(1, device=device)
+    torch.cuda.synchronize()
+    return tick
+
+
 def with_kernels(home: StreamedHome, index: int, buffer: Tensor, ready: torch.cuda.Event) -> torch.cuda.Event:
     stream, slab = home._returns._streams[0], home._slabs[index]
-    if buffer.device not in _ticks:
-        _ticks[buffer.device] = torch.zeros(1, device=buffer.device)
-        torch.cuda.synchronize()
-    tick = _ticks[buffer.device]
+    tick = make_tick(buffer.device)
     torch.cuda.set_stream(stream)
     stream.wait_event(ready)
     for host, device in zip(slab.split(CUT_BYTES), buffer[: slab.numel()].split(CUT_BYTES)):

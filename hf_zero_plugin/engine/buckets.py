@@ -20,7 +20,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["BucketLayout", "ParamSpec", "Piece", "Segment", "Slot", "cut_pieces", "even_numel", "plan_buckets"]
+__all__ = [
+    "BucketLayout",
+    "ParamSpec",
+    "Piece",
+    "Segment",
+    "Slot",
+    "cut_evenly",
+    "cut_pieces",
+    "even_numel",
+    "plan_buckets",
+]
 
 SMALL_NUMEL = 32 * 1024
 """Norms and biases up to this size share bucket 0: spread over all buckets, each would cost an update call of its own
@@ -28,6 +38,12 @@ for a few kilobytes. They are needed early, and being small they are ready first
 
 SLOT_ALIGNMENT = 64
 """Every parameter starts at a multiple of this many elements, so that matrix kernels keep their fast paths."""
+
+MAX_LOSS = 0.1
+"""Of the elements of all pieces: see ``even_numel``."""
+
+NUM_DIVISORS = 16
+"""Pieces are not made shorter than the longest allowed by more than this factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +141,12 @@ class Piece:
         return self.end - self.start
 
 
-MAX_LOSS = 0.1
-NUM_DIVISORS = 16
-"""Pieces are not made shorter than the longest allowed by more than this factor."""
-
-
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def _even_step(numel: int, num_pieces: int) -> int:
+    return _round_up(-(-numel // num_pieces), SLOT_ALIGNMENT)
 
 
 def plan_buckets(specs: Sequence[ParamSpec], *, bucket_numel: int, num_shards: int) -> list[BucketLayout]:
@@ -187,7 +202,7 @@ def cut_pieces(layout: BucketLayout, shard: int, *, max_numel: int | None = None
         start, end = max(low, segment.start), min(high, segment.end)
         step = max(end - start, 1)
         if max_numel is not None:
-            step = min(max_numel, _round_up(-(-step // -(-step // max_numel)), SLOT_ALIGNMENT))
+            step = min(max_numel, _even_step(step, -(-step // max_numel)))
         pieces.extend(
             Piece(layout.index, segment.group, begin, min(begin + step, end)) for begin in range(start, end, step)
         )
@@ -221,12 +236,19 @@ def even_numel(segments: Sequence[int], longest: int) -> int:
     for segment in counts:
         fewest = -(-segment // longest)
         for num_pieces in range(fewest, 2 * fewest + NUM_DIVISORS):
-            numel = _round_up(-(-segment // num_pieces), SLOT_ALIGNMENT)
+            numel = _even_step(segment, num_pieces)
             if longest // NUM_DIVISORS <= numel <= longest:
                 found.add(numel)
     losses = {numel: loss(numel) for numel in found}
     good = [numel for numel in found if losses[numel] <= MAX_LOSS]
     return max(good, default=min(found, key=lambda numel: (losses[numel], -numel)))
+
+
+def cut_evenly(layouts: Sequence[BucketLayout], shards: Sequence[int], longest: int) -> list[Piece]:
+    """``cut_pieces`` of one shard of each bucket, in pieces of a length that suits all of them (``even_numel``)."""
+    segments = [piece.numel for layout, shard in zip(layouts, shards) for piece in cut_pieces(layout, shard)]
+    numel = even_numel(segments, longest)
+    return [piece for layout, shard in zip(layouts, shards) for piece in cut_pieces(layout, shard, max_numel=numel)]
 
 
 def cut_whole_parameters(layout: BucketLayout) -> list[Piece]:

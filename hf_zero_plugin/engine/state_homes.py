@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from hf_zero_plugin.config.settings import EngineSettings, OffloadOptimizerSettings
-from hf_zero_plugin.engine.buckets import BucketLayout, Piece, cut_pieces, cut_whole_parameters, even_numel
+from hf_zero_plugin.engine.buckets import BucketLayout, Piece, cut_evenly, cut_pieces, cut_whole_parameters
 from hf_zero_plugin.engine.client_home import ClientHome
 from hf_zero_plugin.engine.device_home import DeviceHome
 from hf_zero_plugin.engine.host_threads import host_threads
@@ -90,11 +90,12 @@ def make_homes(
         and offload.step_on != "host"
         and not isinstance(context.rule, TorchRule)
     )
-    longest = STREAM_PIECE_NUMEL if streams or offload.device == "nvme" else None
+    shards = [sharding.shard_of(layout) for layout in layouts]
     if streams:
-        segments = [piece for layout in layouts for piece in cut_pieces(layout, sharding.shard_of(layout))]
-        longest = even_numel([segment.numel for segment in segments], STREAM_PIECE_NUMEL)
-    pieces = [piece for layout in layouts for piece in cut_pieces(layout, sharding.shard_of(layout), max_numel=longest)]
+        pieces = cut_evenly(layouts, shards, STREAM_PIECE_NUMEL)
+    else:
+        longest = STREAM_PIECE_NUMEL if offload.device == "nvme" else None
+        pieces = [piece for layout, at in zip(layouts, shards) for piece in cut_pieces(layout, at, max_numel=longest)]
     if not to_host:
         return [DeviceHome(context, pieces)]
     kept, moved = _split_by_ratio(pieces, context, settings)
