@@ -119,7 +119,8 @@ class SimulatedHome(StreamedHome):
         self.compute = self.current = Stream(self.clock)
         self.activations = 0.0
         self._base, self._buffers = base, weakref.WeakSet[Buffer]()
-        self._up, self._down, self._last = Link(), Link(), 0.0
+        self._up, self._down = Link(), Link()
+        self._last_up = self._last_down = 0.0
         self.context: Any = SimpleNamespace(
             device=torch.device("cuda", 0), is_alone=True, grads=SimpleNamespace(frees_when_released=False)
         )
@@ -144,17 +145,18 @@ class SimulatedHome(StreamedHome):
     def _state_bytes(self, index: int) -> int:
         return STATE_BYTES * self.pieces[index].numel
 
-    def _upload(self, index: int, buffer: Any) -> None:
-        ready = max(self.current.done, self.clock.now)
-        self.current.done = self._up.copy(ready, self._state_bytes(index) / self.machine.link)
+    def _upload(self, index: int, buffer: Any, *after: Any) -> Any:
+        begin = max(self._last_up, self.clock.now, *(event.done for event in after))
+        self._last_up = self._up.copy(begin, self._state_bytes(index) / self.machine.link)
+        return Event(self.clock, self._last_up)
 
     def _update(self, index: int, *_: Any) -> None:
         self.current.run(UPDATE_BYTES * self.pieces[index].numel / self.machine.device_memory)
 
     def _download(self, index: int, buffer: Any, ready: Any) -> Any:
-        begin = max(self._last, ready.done, self.clock.now)
-        self._last = self._down.copy(begin, self._state_bytes(index) / self.machine.link)
-        return Event(self.clock, self._last)
+        begin = max(self._last_down, ready.done, self.clock.now)
+        self._last_down = self._down.copy(begin, self._state_bytes(index) / self.machine.link)
+        return Event(self.clock, self._last_down)
 
     def synchronize(self) -> None:
         """Nothing is under way at the end of a simulation."""

@@ -6,6 +6,8 @@
 
     sizes       every buffer has its piece's size, and a piece takes the smallest that is large enough
     kernels     downloads go through one stream, a tiny kernel after every 72 MB
+    whole       uploads are not cut, so that the next batch waits behind a piece
+    cut=36      megabytes of a cut, both ways
     held=0.2    ``staging_room.HELD_SHARE``
     ahead=0.65  ``staging_room.MAX_AHEAD_SHARE``
 
@@ -26,16 +28,18 @@ import cell
 import torch
 import trial
 from torch import Tensor
-from transformers import TrainerCallback
 
-from hf_zero_plugin.engine import staging_room
+from hf_zero_plugin.engine import cut_copies, staging_room
 from hf_zero_plugin.engine.leaving import LeavingBuffer, LeavingBuffers
 from hf_zero_plugin.engine.offload_stream import StreamedHome
 
-CUT_BYTES = 72 * 2**20
 _take_first = LeavingBuffers.take_first
-_defaults = {"held": staging_room.HELD_SHARE, "ahead": staging_room.MAX_AHEAD_SHARE}
-_methods = {name: getattr(StreamedHome, name) for name in ("_capacity", "_download")}
+_defaults = {
+    "held": staging_room.HELD_SHARE,
+    "ahead": staging_room.MAX_AHEAD_SHARE,
+    "cut": cut_copies.CUT_BYTES / 2**20,
+}
+_methods = {name: getattr(StreamedHome, name) for name in ("_capacity", "_upload", "_download")}
 
 
 def take_closest(
@@ -60,13 +64,22 @@ def make_tick(device: torch.device) -> Tensor:
 
 
 def with_kernels(home: StreamedHome, index: int, buffer: Tensor, ready: torch.cuda.Event) -> torch.cuda.Event:
-    stream, slab = home._returns._streams[0], home._slabs[index]
+    stream, slab = home._downloads._streams[0], home._slabs[index]
     tick = make_tick(buffer.device)
     torch.cuda.set_stream(stream)
     stream.wait_event(ready)
-    for host, device in zip(slab.split(CUT_BYTES), buffer[: slab.numel()].split(CUT_BYTES)):
+    for host, device in zip(slab.split(cut_copies.CUT_BYTES), buffer[: slab.numel()].split(cut_copies.CUT_BYTES)):
         host.copy_(device, non_blocking=True)
         tick.zero_()
+    return stream.record_event()
+
+
+def uncut(home: StreamedHome, index: int, buffer: Tensor, *after: torch.cuda.Event) -> torch.cuda.Event:
+    stream, slab = home._slots[index % len(home._slots)], home._slabs[index]
+    torch.cuda.set_stream(stream)
+    for event in after:
+        stream.wait_event(event)
+    buffer[: slab.numel()].copy_(slab, non_blocking=True)
     return stream.record_event()
 
 
@@ -82,17 +95,21 @@ def take_way(home: StreamedHome, way: str) -> None:
     torch.cuda.synchronize()
     shares = _defaults | {name: float(value) for name, _, value in (part.partition("=") for part in parts) if value}
     staging_room.HELD_SHARE, staging_room.MAX_AHEAD_SHARE = shares["held"], shares["ahead"]
+    cut_copies.CUT_BYTES = int(shares["cut"] * 2**20)
     home._max_ahead = staging_room.pieces_ahead(home.pieces, len(home._slots))
     StreamedHome._capacity = own_size if "sizes" in parts else _methods["_capacity"]  # type: ignore[method-assign]
+    StreamedHome._upload = uncut if "whole" in parts else _methods["_upload"]  # type: ignore[method-assign]
     StreamedHome._download = with_kernels if "kernels" in parts else _methods["_download"]  # type: ignore[method-assign]
     LeavingBuffers.take_first = take_closest if "sizes" in parts else _take_first  # type: ignore[method-assign]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
 
-class Turns(TrainerCallback):
+class Turns:
+    """``on_step_end`` is called after every step. Each round begins with another way."""
+
     def __init__(self, ways: list[str], rounds: int, warmup: int, timed: int) -> None:
-        self.turns = [way for _ in range(rounds) for way in ways]
+        self.turns = [ways[(at + number) % len(ways)] for number in range(rounds) for at in range(len(ways))]
         self.warmup, self.timed = warmup, timed
         self.step_ms: dict[str, list[float]] = defaultdict(list)
         self.peak_gib: dict[str, float] = {}
@@ -102,7 +119,7 @@ class Turns(TrainerCallback):
     def num_steps(self) -> int:
         return 1 + len(self.turns) * (self.warmup + self.timed)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self) -> None:
         turn, step = divmod(self._step, self.warmup + self.timed)
         self._step += 1
         now = time.perf_counter()
@@ -133,8 +150,7 @@ def main() -> None:
     job = cell.build_parser().parse_args(["--engine", "ours", "--model", args.model, "--precision", args.precision])
     job.batch, job.steps, job.checkpointing = args.batch, turns.num_steps, int(args.checkpointing)
     trainer, clock, *_ = trial.make_trainer(job, True)
-    clock.on_step_end = lambda: None  # type: ignore[method-assign]
-    trainer.add_callback(turns)
+    clock.on_step_end = turns.on_step_end  # type: ignore[method-assign]
     trainer.train()
     found = {"step_ms": turns.step_ms, "peak_gib": turns.peak_gib}
     print(json.dumps({"device": torch.cuda.get_device_name(), **vars(args), **found}))

@@ -261,8 +261,8 @@ def test_ways_take_turns_in_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transfers.take_way", lambda _, way: taken.append((turns._step, way)))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
     for _ in range(turns.num_steps):
-        turns.on_step_end(None, None, None)
-    assert taken == [(0, "one"), (5, "other"), (10, "one"), (15, "other")]
+        turns.on_step_end()
+    assert taken == [(0, "one"), (5, "other"), (10, "other"), (15, "one")]
     assert {way: len(found) for way, found in turns.step_ms.items()} == {"one": 2, "other": 2}
     assert turns.peak_gib == {"one": 1.0, "other": 1.0}
 

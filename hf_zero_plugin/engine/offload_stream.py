@@ -23,8 +23,8 @@ more than two are staged (``staging_room.py``).
 New weights are all there once the link has brought down what the device may not hold.
 
 Right after a step its caller reads numbers: the engine the norm, the Trainer whether the loss is finite, twice.
-Downloads let such reads through (``downloads.py``), but best is an empty queue: nothing is downloaded before the
-caller's next word to the engine (``zero_grad``, a forward pass, a look at a weight).
+Copies let such reads, and the next batch, through (``cut_copies.py``), but best is an empty queue: nothing is
+downloaded before the caller's next word to the engine (``zero_grad``, a forward pass, a look at a weight).
 
 Source of the idea of streaming states through the device: Deep Optimizer States (arXiv:2410.21316).
 """
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from hf_zero_plugin.engine.buckets import Piece
-from hf_zero_plugin.engine.downloads import Downloads
+from hf_zero_plugin.engine.cut_copies import CutCopies
 from hf_zero_plugin.engine.leaving import LeavingBuffers
 from hf_zero_plugin.engine.master_weights import Context, Home, StepInputs
 from hf_zero_plugin.engine.pinned import PinnedArena
@@ -50,8 +50,8 @@ __all__ = ["StreamedHome"]
 
 
 class StreamedHome(Home):
-    """See the module. Piece i belongs to slot i modulo ``num_slots``, whose stream uploads and updates it;
-    ``Downloads`` brings them all down, in their order."""
+    """See the module. Piece i belongs to slot i modulo ``num_slots``, whose stream updates it; copies in each direction
+    keep the order of the pieces."""
 
     def __init__(
         self, context: Context, pieces: Sequence[Piece], *, pin_memory: bool = True, num_slots: int = 2
@@ -66,7 +66,8 @@ class StreamedHome(Home):
         self._slabs = [self._arena.take(piece.numel * self._bytes_each) for piece in self.pieces]
         self._longest = max((piece.numel for piece in self.pieces), default=0)
         self._slots = [torch.cuda.Stream(context.device) for _ in range(min(num_slots, len(self.pieces)))]
-        self._returns, self._gathers = Downloads(context.device), torch.cuda.Stream(context.device)
+        self._uploads, self._downloads = CutCopies(context.device), CutCopies(context.device)
+        self._gathers = torch.cuda.Stream(context.device)
         self._compute = torch.cuda.current_stream(context.device)
         # Belongs to its slot's stream, which uses it for one piece after the other.
         scratch = [torch.empty(self._longest, device=context.device) for _ in self._slots]
@@ -152,30 +153,26 @@ class StreamedHome(Home):
             return
         # Whoever had this memory before has used it on the compute stream, up to here.
         free = self._compute.record_event()
-        for slot in self._slots:
-            slot.wait_event(free)
         for index, buffer in fresh.items():
-            self._bring(index, buffer, empty.get(index))
+            self._bring(index, buffer, free, empty.get(index))
         self._staged.update(fresh)
 
-    def _bring(self, index: int, buffer: Tensor, empty: torch.cuda.Event | None) -> None:
-        """Upload a piece on its slot's stream, which becomes the current one."""
+    def _bring(self, index: int, buffer: Tensor, *after: torch.cuda.Event | None) -> None:
+        """Upload a piece after these events and its own last download; its slot's stream, which waits for it, becomes
+        the current one."""
         slot = self._slots[index % len(self._slots)]
+        events = [event for event in (*after, self._returned.get(index)) if event is not None]
+        slot.wait_event(self._upload(index, buffer, *events))
         torch.cuda.set_stream(slot)
-        for event in (empty, self._returned.get(index)):
-            if event is not None:
-                slot.wait_event(event)
-        self._upload(index, buffer)
 
-    def _upload(self, index: int, buffer: Tensor) -> None:
+    def _upload(self, index: int, buffer: Tensor, *after: torch.cuda.Event) -> torch.cuda.Event:
         slab = self._slabs[index]
-        buffer[: slab.numel()].copy_(slab, non_blocking=True)
+        return self._uploads.copy(buffer[: slab.numel()], slab, *after)
 
     def forget_prefetched(self) -> None:
         self.launch_rest()
         if self._staged:
-            for slot in self._slots:
-                slot.synchronize()  # nobody may get this memory while copies into it are under way
+            self._uploads.synchronize()  # nobody may get this memory while copies into it are under way
             self._staged.clear()
 
     # ---------------------------------------------------------------- the step
@@ -229,7 +226,7 @@ class StreamedHome(Home):
         for index in range(num_staged, len(self.pieces)):
             one = self._leaving.take_first(self._bytes_each * self.pieces[index].numel, among=kept)
             assert one is not None  # the two that slots begin with hold any piece
-            self._bring(index, *one)
+            self._bring(index, one.buffer, one.downloaded)
             self._finish(index, one.buffer, inputs, number)
             self._return(index, one.buffer)
 
@@ -268,7 +265,7 @@ class StreamedHome(Home):
 
     def _download(self, index: int, buffer: Tensor, ready: torch.cuda.Event) -> torch.cuda.Event:
         slab = self._slabs[index]
-        return self._returns.copy(slab, buffer[: slab.numel()], ready)
+        return self._downloads.copy(slab, buffer[: slab.numel()], ready)
 
     def _gather(self, bucket: int) -> None:
         with torch.cuda.stream(self._gathers):
@@ -294,7 +291,8 @@ class StreamedHome(Home):
         self.launch_rest()
         for stream in (*self._slots, self._gathers):
             stream.synchronize()
-        self._returns.synchronize()
+        for copies in (self._uploads, self._downloads):
+            copies.synchronize()
         self._leaving.reap()
 
     def tensors(self, index: int) -> dict[str, Tensor]:

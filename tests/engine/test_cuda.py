@@ -20,7 +20,7 @@ from hf_zero_plugin.config.settings import (
     OffloadOptimizerSettings,
     OptimizerSettings,
 )
-from hf_zero_plugin.engine import assembly, downloads, state_homes
+from hf_zero_plugin.engine import assembly, cut_copies, state_homes
 from hf_zero_plugin.engine.engine import ZeroEngine
 
 pytestmark = pytest.mark.gpu
@@ -97,7 +97,7 @@ def _weights(engine: ZeroEngine) -> list[Tensor]:
 def tiny_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "BUCKET_NUMEL", 2 * WIDTH * WIDTH)
     monkeypatch.setattr(state_homes, "STREAM_PIECE_NUMEL", WIDTH * WIDTH // 2)
-    monkeypatch.setattr(downloads, "CUT_BYTES", 10**6)  # several a piece
+    monkeypatch.setattr(cut_copies, "CUT_BYTES", 10**6)  # several a piece
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

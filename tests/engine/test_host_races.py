@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_zero_plugin.engine import assembly, downloads, staging_room
+from hf_zero_plugin.engine import assembly, cut_copies, staging_room
 from hf_zero_plugin.engine.buckets import cut_pieces
 from hf_zero_plugin.engine.device_home import DeviceHome
 from hf_zero_plugin.engine.loose_grads import LooseGrads
@@ -40,7 +40,7 @@ class Beside(HostHome):
 def _split(monkeypatch: pytest.MonkeyPatch, detector: RaceDetector, share: float, kept: int = 0) -> None:
     """Let the host have ``share`` of the pieces after the first ``kept``, which the device keeps; the rest streams."""
     monkeypatch.setattr(assembly, "BUCKET_NUMEL", WIDTH * WIDTH)
-    monkeypatch.setattr(downloads, "CUT_BYTES", 1000)
+    monkeypatch.setattr(cut_copies, "CUT_BYTES", 1000)
     monkeypatch.setattr(staging_room, "allocated_bytes", Room(is_there=True))
     monkeypatch.setattr(staging_room, "capacity_bytes", lambda _: 2 * 10**15)
 

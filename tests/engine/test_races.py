@@ -20,9 +20,9 @@ from hf_zero_plugin.config.settings import (
     OffloadOptimizerSettings,
     OptimizerSettings,
 )
-from hf_zero_plugin.engine import assembly, downloads, staging_room, state_homes
+from hf_zero_plugin.engine import assembly, cut_copies, staging_room, state_homes
 from hf_zero_plugin.engine.buckets import cut_pieces
-from hf_zero_plugin.engine.downloads import Downloads
+from hf_zero_plugin.engine.cut_copies import CutCopies
 from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.engine.leaving import LeavingBuffer, LeavingBuffers
 from hf_zero_plugin.engine.offload_stream import StreamedHome
@@ -65,7 +65,7 @@ class Room:
 @pytest.fixture(autouse=True)
 def tiny_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "BUCKET_NUMEL", WIDTH * WIDTH)
-    monkeypatch.setattr(downloads, "CUT_BYTES", 1000)
+    monkeypatch.setattr(cut_copies, "CUT_BYTES", 1000)
 
 
 def _stream_on_the_cpu(monkeypatch: pytest.MonkeyPatch, *, room: bool) -> None:
@@ -308,6 +308,8 @@ def _at_once_after(leaving: LeavingBuffers, num_bytes: int, among: set[int] | No
         "the forward pass waits",
         "staged states have left",
         "slots wait for gradients",
+        "slots wait for states",
+        "memory is free before states come",
         "states are new before they leave",
         "cuts wait for each other",
         "buffers filled after the step are empty",
@@ -323,7 +325,13 @@ def test_a_missing_wait_is_found(missing: str, monkeypatch: pytest.MonkeyPatch) 
         engine = _engine("bf16", "cpu")
         if missing == "slots wait for gradients":
             for slot in _homes(engine)[0]._slots:
+                slot.wait_stream = lambda other: None  # type: ignore[method-assign]
+        if missing == "slots wait for states":
+            for slot in _homes(engine)[0]._slots:
                 slot.wait_event = lambda event: None  # type: ignore[method-assign]
+        if missing == "memory is free before states come":
+            bring = StreamedHome._bring
+            monkeypatch.setattr(StreamedHome, "_bring", lambda self, index, buffer, *_: bring(self, index, buffer))
         if missing == "staged states have left":
             after = StreamedHome._return
 
@@ -336,10 +344,10 @@ def test_a_missing_wait_is_found(missing: str, monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setattr(LeavingBuffers, "take_first", _not_ahead)
             _stage_all(_homes(engine)[0])
         if missing == "states are new before they leave":
-            copy = Downloads.copy
-            monkeypatch.setattr(Downloads, "copy", lambda self, host, device, _: copy(self, host, device, Always()))  # type: ignore[arg-type]
+            download = StreamedHome._download
+            monkeypatch.setattr(StreamedHome, "_download", lambda *args: download(*args[:-1], Always()))  # type: ignore[arg-type]
         if missing == "cuts wait for each other":
-            monkeypatch.setattr(Downloads, "_last", property(lambda _: None, lambda *_: None), raising=False)
+            monkeypatch.setattr(CutCopies, "_last", property(lambda _: None, lambda *_: None), raising=False)
         if missing == "buffers filled after the step are empty":
             monkeypatch.setattr(LeavingBuffers, "take_first", _at_once_after)
         if missing == "buffers filled ahead are empty":
@@ -413,7 +421,7 @@ def test_an_interrupted_update_frees_nothing_that_is_in_use_and_is_not_passed_ov
         engine.step()
         with pytest.raises(torch.OutOfMemoryError):
             engine.synchronize()
-        for slot in (*home._slots, *home._returns._streams):
+        for slot in (*home._slots, *home._uploads._streams, *home._downloads._streams):
             assert all(detector.host.get(name, 0) >= count for name, count in slot.clock.items())  # type: ignore[attr-defined]
         with pytest.raises(HfZeroError, match=r"interrupted by an error.*load a checkpoint"):
             engine(torch.randn(3, WIDTH).bfloat16())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_zero_plugin.engine import assembly, downloads, sharded_assembly, sharded_wiring, state_homes
+from hf_zero_plugin.engine import assembly, cut_copies, sharded_assembly, sharded_wiring, state_homes
 from hf_zero_plugin.engine.engine import ZeroEngine
 from hf_zero_plugin.engine.offload_stream import StreamedHome
 from hf_zero_plugin.integration.zero_api import GatheredParameters
@@ -122,7 +122,7 @@ def tiny_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "BUCKET_NUMEL", 2 * WIDTH * WIDTH)
     monkeypatch.setattr(sharded_assembly, "BUCKET_NUMEL", 2 * WIDTH * WIDTH)
     monkeypatch.setattr(state_homes, "STREAM_PIECE_NUMEL", WIDTH * WIDTH // 2)
-    monkeypatch.setattr(downloads, "CUT_BYTES", 10**6)  # several a piece
+    monkeypatch.setattr(cut_copies, "CUT_BYTES", 10**6)  # several a piece
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
