@@ -29,16 +29,13 @@ import torch
 import trial
 from torch import Tensor
 
-from hf_zero_plugin.engine import cut_copies, staging_room
+from hf_zero_plugin.engine import staging_room
+from hf_zero_plugin.engine.cut_copies import cut_bytes
 from hf_zero_plugin.engine.leaving import LeavingBuffer, LeavingBuffers
 from hf_zero_plugin.engine.offload_stream import StreamedHome
 
 _take_first = LeavingBuffers.take_first
-_defaults = {
-    "held": staging_room.HELD_SHARE,
-    "ahead": staging_room.MAX_AHEAD_SHARE,
-    "cut": cut_copies.CUT_BYTES / 2**20,
-}
+_defaults = {"held": staging_room.HELD_SHARE, "ahead": staging_room.MAX_AHEAD_SHARE}
 _methods = {name: getattr(StreamedHome, name) for name in ("_capacity", "_upload", "_download")}
 
 
@@ -68,7 +65,7 @@ def with_kernels(home: StreamedHome, index: int, buffer: Tensor, ready: torch.cu
     tick = make_tick(buffer.device)
     torch.cuda.set_stream(stream)
     stream.wait_event(ready)
-    for host, device in zip(slab.split(cut_copies.CUT_BYTES), buffer[: slab.numel()].split(cut_copies.CUT_BYTES)):
+    for host, device in zip(slab.split(72 * 2**20), buffer[: slab.numel()].split(72 * 2**20)):
         host.copy_(device, non_blocking=True)
         tick.zero_()
     return stream.record_event()
@@ -95,7 +92,8 @@ def take_way(home: StreamedHome, way: str) -> None:
     torch.cuda.synchronize()
     shares = _defaults | {name: float(value) for name, _, value in (part.partition("=") for part in parts) if value}
     staging_room.HELD_SHARE, staging_room.MAX_AHEAD_SHARE = shares["held"], shares["ahead"]
-    cut_copies.CUT_BYTES = int(shares["cut"] * 2**20)
+    for copies in (home._uploads, home._downloads):
+        copies.cut = int(shares["cut"] * 2**20) if "cut" in shares else cut_bytes(home._total * home._bytes_each)
     home._max_ahead = staging_room.pieces_ahead(home.pieces, len(home._slots))
     StreamedHome._capacity = own_size if "sizes" in parts else _methods["_capacity"]  # type: ignore[method-assign]
     StreamedHome._upload = uncut if "whole" in parts else _methods["_upload"]  # type: ignore[method-assign]

@@ -10,20 +10,31 @@ kernels: a fifth of the link is lost beside large matrix products.) Measured by 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["CutCopies"]
+__all__ = ["CutCopies", "cut_bytes"]
 
-CUT_BYTES = 72 * 2**20
-"""A millisecond and a half of a x16 gen5 link; a cut costs the host four calls."""
+HOST_SECONDS, SMALL_COPIES, LINK_BYTES = 30e-6, 5, 50e9
+"""Host time of a cut; small copies of a step that wait for cuts; bytes of a cut that are copied in a second."""
+LEAST_BYTES, MOST_BYTES = 16 * 2**20, 256 * 2**20
+
+
+def cut_bytes(total: int) -> int:
+    """Bytes of a cut, if a step moves ``total`` bytes each way: the host's time for all cuts and what small copies
+    wait, each for one cut, are together least there. 40 MB for t5-base, 147 MB for 3 B parameters."""
+    best = math.sqrt(2 * total * HOST_SECONDS * LINK_BYTES / SMALL_COPIES)
+    return min(MOST_BYTES, max(LEAST_BYTES, int(best)))
 
 
 class CutCopies:
     """Copies between one device and page-locked memory, in one direction and in the order in which they are asked
-    for."""
+    for, in cuts of no more than ``cut`` bytes."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cut: int) -> None:
+        self.cut = cut
         self._streams = [torch.cuda.Stream(device), torch.cuda.Stream(device)]
         self._last: torch.cuda.Event | None = None
 
@@ -35,7 +46,8 @@ class CutCopies:
         """
         for event in after:
             self._streams[1].wait_event(event)  # that of the first cut; the others come after it
-        for to, part in zip(target.split(CUT_BYTES), source.split(CUT_BYTES), strict=True):
+        count = -(-source.numel() // self.cut)
+        for to, part in zip(target.chunk(count), source.chunk(count), strict=True):
             self._streams.reverse()
             stream = self._streams[0]
             if self._last is not None:

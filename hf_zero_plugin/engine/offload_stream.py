@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from hf_zero_plugin.engine.buckets import Piece
-from hf_zero_plugin.engine.cut_copies import CutCopies
+from hf_zero_plugin.engine.cut_copies import CutCopies, cut_bytes
 from hf_zero_plugin.engine.leaving import LeavingBuffers
 from hf_zero_plugin.engine.master_weights import Context, Home, StepInputs
 from hf_zero_plugin.engine.pinned import PinnedArena
@@ -66,7 +66,8 @@ class StreamedHome(Home):
         self._slabs = [self._arena.take(piece.numel * self._bytes_each) for piece in self.pieces]
         self._longest = max((piece.numel for piece in self.pieces), default=0)
         self._slots = [torch.cuda.Stream(context.device) for _ in range(min(num_slots, len(self.pieces)))]
-        self._uploads, self._downloads = CutCopies(context.device), CutCopies(context.device)
+        cut = cut_bytes(self._total * self._bytes_each)
+        self._uploads, self._downloads = CutCopies(context.device, cut), CutCopies(context.device, cut)
         self._gathers = torch.cuda.Stream(context.device)
         self._compute = torch.cuda.current_stream(context.device)
         # Belongs to its slot's stream, which uses it for one piece after the other.

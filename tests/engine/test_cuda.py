@@ -97,7 +97,7 @@ def _weights(engine: ZeroEngine) -> list[Tensor]:
 def tiny_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "BUCKET_NUMEL", 2 * WIDTH * WIDTH)
     monkeypatch.setattr(state_homes, "STREAM_PIECE_NUMEL", WIDTH * WIDTH // 2)
-    monkeypatch.setattr(cut_copies, "CUT_BYTES", 10**6)  # several a piece
+    monkeypatch.setattr(cut_copies, "MOST_BYTES", 10**6)  # several a piece
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

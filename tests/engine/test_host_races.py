@@ -40,7 +40,7 @@ class Beside(HostHome):
 def _split(monkeypatch: pytest.MonkeyPatch, detector: RaceDetector, share: float, kept: int = 0) -> None:
     """Let the host have ``share`` of the pieces after the first ``kept``, which the device keeps; the rest streams."""
     monkeypatch.setattr(assembly, "BUCKET_NUMEL", WIDTH * WIDTH)
-    monkeypatch.setattr(cut_copies, "CUT_BYTES", 1000)
+    monkeypatch.setattr(cut_copies, "MOST_BYTES", 1000)  # several a piece
     monkeypatch.setattr(staging_room, "allocated_bytes", Room(is_there=True))
     monkeypatch.setattr(staging_room, "capacity_bytes", lambda _: 2 * 10**15)
 

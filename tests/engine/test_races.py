@@ -65,7 +65,7 @@ class Room:
 @pytest.fixture(autouse=True)
 def tiny_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "BUCKET_NUMEL", WIDTH * WIDTH)
-    monkeypatch.setattr(cut_copies, "CUT_BYTES", 1000)
+    monkeypatch.setattr(cut_copies, "MOST_BYTES", 1000)  # several a piece
 
 
 def _stream_on_the_cpu(monkeypatch: pytest.MonkeyPatch, *, room: bool) -> None:

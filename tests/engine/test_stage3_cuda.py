@@ -122,7 +122,7 @@ def tiny_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "BUCKET_NUMEL", 2 * WIDTH * WIDTH)
     monkeypatch.setattr(sharded_assembly, "BUCKET_NUMEL", 2 * WIDTH * WIDTH)
     monkeypatch.setattr(state_homes, "STREAM_PIECE_NUMEL", WIDTH * WIDTH // 2)
-    monkeypatch.setattr(cut_copies, "CUT_BYTES", 10**6)  # several a piece
+    monkeypatch.setattr(cut_copies, "MOST_BYTES", 10**6)  # several a piece
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
