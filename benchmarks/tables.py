@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from raw import Cell, Raw, Record, Variant
 
@@ -177,8 +177,27 @@ def limit_terms(record: Record, gpu_ms: float) -> dict[str, float]:
     return terms
 
 
-def limited_cells(raw: Raw, device: str) -> list[tuple[Cell, dict[str, float], float]]:
-    """Cells with a measured GPU time: its terms, and the step's mean by our engine, which a budget makes ours-auto."""
+class Limited(NamedTuple):
+    """A cell whose GPU time was measured."""
+
+    cell: Cell
+    runs: list[tuple[float, dict[str, float]]]
+    """Mean step of a run in milliseconds, and the terms of the machine that it ran on."""
+
+    @property
+    def step_ms(self) -> float:
+        return statistics.median(step for step, _ in self.runs)
+
+    def term(self, name: str) -> float:
+        return statistics.median(terms[name] for _, terms in self.runs)
+
+    def over(self, *names: str) -> float:
+        """The step over the largest of these terms, each run by its own."""
+        return statistics.median(step / max(terms[name] for name in names) for step, terms in self.runs)
+
+
+def limited_cells(raw: Raw, device: str) -> list[Limited]:
+    """Of steps by our engine, which a budget makes ours-auto."""
     found = []
     for cell in raw.cells(device):
         engine = "ours-auto" if cell.has("ours-auto") else "ours"
@@ -186,19 +205,18 @@ def limited_cells(raw: Raw, device: str) -> list[tuple[Cell, dict[str, float], f
             continue
         field = "gpu_busy_ms" if cell.values("compute", "gpu_busy_ms") else "step_ms_median"
         gpu_ms = statistics.median(cell.values("compute", field))
-        step = statistics.median(cell.values(engine, "step_ms_mean"))
-        found.append((cell, limit_terms(cell.records(engine)[0], gpu_ms), step))
+        runs = [(record["step_ms_mean"], limit_terms(record, gpu_ms)) for record in cell.records(engine)]
+        found.append(Limited(cell, runs))
     return found
 
 
 def limits(raw: Raw, device: str) -> list[str]:
     rows = []
-    for cell, terms, step in limited_cells(raw, device):
-        launched = spread(cell.values("compute", "step_ms_median"), "{:.0f}")
-        most = max(terms["gpu"], terms["dram"], terms["pcie"])
-        shown = [f"{terms[name]:.0f}" for name in ("gpu", "dram", "pcie", "stream")]
-        ratios = [f"{step / most:.2f}", f"{step / max(terms['gpu'], terms['stream']):.2f}"]
-        rows.append([cell.label, f"{step:.0f}", *shown, *ratios, launched])
+    for found in limited_cells(raw, device):
+        launched = spread(found.cell.values("compute", "step_ms_median"), "{:.0f}")
+        shown = [f"{found.term(name):.0f}" for name in ("gpu", "dram", "pcie", "stream")]
+        ratios = [f"{found.over('gpu', 'dram', 'pcie'):.2f}", f"{found.over('gpu', 'stream'):.2f}"]
+        rows.append([found.cell.label, f"{found.step_ms:.0f}", *shown, *ratios, launched])
     heads = ["cell", "ours ms", "GPU ms", "28 B DRAM ms", "2 B PCIe ms", "12 B PCIe ms"]
     return table([*heads, "ours / max(GPU, 28 B, 2 B)", "ours / max(GPU, 12 B)", "with launch gaps ms"], rows)
 

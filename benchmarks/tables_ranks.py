@@ -171,12 +171,14 @@ def losses(raw: Raw, device: str) -> list[str]:
         if value is not None and is_missed:
             found.append(f"- {what}: {value:.2f} (target {target})")
 
+    present = {cell.setting for cell in raw.cells(device)}
     for cell in raw.cells(device):
-        _judge_steps(cell, judge)
-    for cell, terms, step in limited_cells(raw, device):
-        if cell.setting.model.startswith("decoder"):
-            limit = step / max(terms["gpu"], terms["dram"], terms["pcie"])
-            judge(f"{cell.label}: step / the largest of the three limits", limit, limit > 1.3, "<= 1.3")
+        if not (cell.setting.is_earlier and cell.setting._replace(is_earlier=False) in present):
+            _judge_steps(cell, judge)
+    for limited in limited_cells(raw, device):
+        if limited.cell.setting.model.startswith("decoder"):
+            limit = limited.over("gpu", "dram", "pcie")
+            judge(f"{limited.cell.label}: step / the largest of the three limits", limit, limit > 1.3, "<= 1.3")
     for model, times in sorted(first_steps(raw, device).items()):
         ours, theirs = median_or_none(times["ours"]), median_or_none(times["deepspeed"])
         value = ours / theirs if ours and theirs else None
