@@ -8,6 +8,7 @@
     kernels     downloads go through one stream, a tiny kernel after every 72 MB
     whole       uploads are not cut, so that the next batch waits behind a piece
     cut=36      megabytes of a cut, both ways
+    in_place    nothing is copied: updates read and write page-locked host memory themselves
     held=0.2    ``staging_room.HELD_SHARE``
     ahead=0.65  ``staging_room.MAX_AHEAD_SHARE``
 
@@ -36,7 +37,7 @@ from hf_zero_plugin.engine.offload_stream import StreamedHome
 
 _take_first = LeavingBuffers.take_first
 _defaults = {"held": staging_room.HELD_SHARE, "ahead": staging_room.MAX_AHEAD_SHARE}
-_methods = {name: getattr(StreamedHome, name) for name in ("_capacity", "_upload", "_download")}
+_methods = {name: getattr(StreamedHome, name) for name in ("_capacity", "_upload", "_download", "_launch", "prefetch")}
 
 
 def take_closest(
@@ -80,6 +81,30 @@ def uncut(home: StreamedHome, index: int, buffer: Tensor, *after: torch.cuda.Eve
     return stream.record_event()
 
 
+class Mapped:
+    """Page-locked bytes as device memory: with unified addresses a kernel may use the host's."""
+
+    def __init__(self, slab: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(slab.shape),
+            "typestr": "|u1",
+            "data": (slab.data_ptr(), False),
+            "version": 3,
+        }
+
+
+@cache
+def mapped(home: StreamedHome) -> list[Tensor]:
+    return [torch.as_tensor(Mapped(slab), device=home.context.device) for slab in home._slabs]
+
+
+def launch_in_place(home: StreamedHome, inputs: Any, number: Tensor) -> None:
+    for index, slab in enumerate(mapped(home)):
+        torch.cuda.set_stream(home._slots[index % len(home._slots)])
+        home._finish(index, slab, inputs, number)
+        home._returned[index] = home._updated[index]
+
+
 def find_home() -> StreamedHome:
     return next(one for one in gc.get_objects() if isinstance(one, StreamedHome))
 
@@ -97,6 +122,8 @@ def take_way(home: StreamedHome, way: str) -> None:
     home._max_ahead = staging_room.pieces_ahead(home.pieces, len(home._slots))
     StreamedHome._capacity = own_size if "sizes" in parts else _methods["_capacity"]  # type: ignore[method-assign]
     StreamedHome._upload = uncut if "whole" in parts else _methods["_upload"]  # type: ignore[method-assign]
+    StreamedHome._launch = launch_in_place if "in_place" in parts else _methods["_launch"]  # type: ignore[method-assign]
+    StreamedHome.prefetch = (lambda _: None) if "in_place" in parts else _methods["prefetch"]  # type: ignore[method-assign]
     StreamedHome._download = with_kernels if "kernels" in parts else _methods["_download"]  # type: ignore[method-assign]
     LeavingBuffers.take_first = take_closest if "sizes" in parts else _take_first  # type: ignore[method-assign]
     torch.cuda.empty_cache()

@@ -20,11 +20,12 @@ PACKAGE = REPO / "hf_zero_plugin"
 
 ALLOWED_EDGES = {
     "errors": set(),
+    "host_limits": set(),
     "config": {"errors"},
     "checkpoint": {"config", "errors"},
-    "engine": {"checkpoint", "config", "errors"},
+    "engine": {"checkpoint", "config", "errors", "host_limits"},
     "integration": {"checkpoint", "config", "engine", "errors"},
-    "cli": {"checkpoint", "config", "engine", "errors", "integration"},
+    "cli": {"checkpoint", "config", "engine", "errors", "host_limits", "integration"},
     "__main__": {"cli"},
     "__init__": {"engine", "errors", "integration"},
 }

@@ -8,12 +8,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from hf_zero_plugin.cli.cgroup import core_quota
 from hf_zero_plugin.errors import LaunchError
 
 __all__ = [
     "VISIBLE_VARIABLE",
-    "count_usable_cores",
     "count_visible_gpus",
     "visible_value",
 ]
@@ -65,10 +63,3 @@ def visible_value(environ: Mapping[str, str], num_visible: int, indices: tuple[i
     value = environ.get(VISIBLE_VARIABLE)
     entries = [str(i) for i in range(num_visible)] if value is None else [e.strip() for e in value.split(",")]
     return ",".join(entries[index] for index in indices)
-
-
-def count_usable_cores() -> int:
-    """Cores that this process may use: affinity and the cgroup's CPU quota, at least 1."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = core_quota()
-    return max(1, num_cores if quota is None else min(num_cores, int(quota)))

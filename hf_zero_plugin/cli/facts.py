@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hf_zero_plugin
-from hf_zero_plugin.cli.cgroup import core_quota, memory_limit_bytes
-from hf_zero_plugin.cli.devices import count_usable_cores
+from hf_zero_plugin.host_limits import core_quota, memory_limit_bytes, usable_cores
 
 __all__ = ["SECTIONS", "Fact"]
 
@@ -138,7 +137,7 @@ def memory_facts() -> list[Fact]:
 def processor_facts() -> list[Fact]:
     quota = core_quota()
     limits = f"of {os.cpu_count()} in the machine" + (f", quota {quota:g} (cgroup)" if quota is not None else "")
-    return [Fact("usable cores", count_usable_cores(), limits), Fact("architecture", platform.machine())]
+    return [Fact("usable cores", usable_cores(), limits), Fact("architecture", platform.machine())]
 
 
 def engine_facts() -> list[Fact]:

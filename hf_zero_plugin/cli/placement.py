@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_zero_plugin.cli.console import note
-from hf_zero_plugin.cli.devices import VISIBLE_VARIABLE, count_usable_cores, visible_value
+from hf_zero_plugin.cli.devices import VISIBLE_VARIABLE, visible_value
 from hf_zero_plugin.cli.launch import LaunchPlan
 from hf_zero_plugin.cli.network import check_port_is_free, find_free_port
 from hf_zero_plugin.cli.selection import LOCALHOST, Slots, check_flags, parse_hostfile, select, select_cpu
 from hf_zero_plugin.errors import LaunchError
+from hf_zero_plugin.host_limits import usable_cores
 
 __all__ = ["MULTI_NODE_PORT", "LaunchRequest", "plan_launch"]
 
@@ -156,7 +157,7 @@ def _environment(slots: tuple[int, ...], num_gpus: int) -> dict[str, str]:
         plural = "" if num_processes == 1 else "es"
         note(f"no GPU is visible, so this runs on CPU in {num_processes} process{plural} (hf-zero doctor says more)")
     if num_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-        num_cores = count_usable_cores()
+        num_cores = usable_cores()
         environment["OMP_NUM_THREADS"] = num_threads = str(max(1, num_cores // num_processes))
         note(f"OMP_NUM_THREADS={num_threads}: {num_processes} processes on {num_cores} cores. Set it to override.")
     return environment

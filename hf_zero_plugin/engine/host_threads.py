@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from hf_zero_plugin.host_limits import usable_cores
+
 __all__ = ["host_threads"]
 
 
@@ -17,10 +19,5 @@ def host_threads(share: float = 1.0, spared: int = 0) -> int:
     threads = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
         ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
-        threads = min(threads, max(1, num_cores() // ranks))
+        threads = min(threads, max(1, usable_cores() // ranks))
     return int(share * threads) - spared
-
-
-def num_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))

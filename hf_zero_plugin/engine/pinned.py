@@ -12,27 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_zero_plugin.errors import ConfigError
+from hf_zero_plugin.host_limits import available_memory_bytes
 
-__all__ = ["PinnedArena", "available_host_bytes"]
-
-
-def available_host_bytes() -> int:
-    """Host memory that can still be used: free memory, or what the cgroup leaves, whichever is less."""
-    import psutil
-
-    available = psutil.virtual_memory().available
-    for limit_path, used_path in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(limit_path) as limit_file, open(used_path) as used_file:
-                limit, used = limit_file.read().strip(), int(used_file.read())
-        except (OSError, ValueError):
-            continue
-        if limit.isdigit():
-            available = min(available, max(0, int(limit) - used))
-    return int(available)
+__all__ = ["PinnedArena"]
 
 
 class PinnedArena:
@@ -54,7 +36,7 @@ class PinnedArena:
 
     @staticmethod
     def _check(num_bytes: int) -> None:
-        available = available_host_bytes()
+        available = available_memory_bytes()
         if num_bytes > available:
             raise ConfigError(
                 f"$.zero_optimization.offload_optimizer: the optimizer states of this rank need "

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-from pathlib import Path
 
 import psutil
 import pytest
 
-from hf_zero_plugin.cli import cgroup, doctor, facts
+from hf_zero_plugin.cli import doctor, facts
 from hf_zero_plugin.cli.facts import Fact
 
 from .conftest import Run
@@ -68,43 +67,3 @@ def test_versions_are_judged_by_our_metadata(monkeypatch: pytest.MonkeyPatch) ->
     assert judged["sacrebleu"].verdict == "ok"
     assert "extra: examples" in judged["sacrebleu"].remark
     assert "ruff" not in judged
-
-
-@pytest.fixture
-def control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cgroup, "ROOT", tmp_path / "cgroup")
-    monkeypatch.setattr(cgroup, "MEMBERSHIP", tmp_path / "membership")
-    (tmp_path / "cgroup").mkdir()
-    return tmp_path
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def test_cgroup_v2_takes_the_tightest_level(control_groups: Path) -> None:
-    write(control_groups / "membership", "0::/job/step\n")
-    write(control_groups / "cgroup/job/step/memory.max", "max\n")
-    write(control_groups / "cgroup/job/memory.max", f"{2**33}\n")
-    write(control_groups / "cgroup/job/step/cpu.max", "150000 100000\n")
-    write(control_groups / "cgroup/job/cpu.max", "max 100000\n")
-    assert cgroup.memory_limit_bytes() == 2**33
-    assert cgroup.core_quota() == 1.5
-
-
-def test_cgroup_v1(control_groups: Path) -> None:
-    write(control_groups / "membership", "4:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n")
-    write(control_groups / "cgroup/memory/memory.limit_in_bytes", f"{2**34}\n")
-    write(control_groups / "cgroup/cpu/docker/abc/cpu.cfs_quota_us", "200000\n")
-    write(control_groups / "cgroup/cpu/docker/abc/cpu.cfs_period_us", "100000\n")
-    assert cgroup.memory_limit_bytes() == 2**34
-    assert cgroup.core_quota() == 2.0
-
-
-def test_no_limits(control_groups: Path) -> None:
-    write(control_groups / "membership", "1:memory:/\n")
-    write(control_groups / "cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
-    write(control_groups / "cgroup/cpu/cpu.cfs_quota_us", "-1\n")
-    assert cgroup.memory_limit_bytes() is None
-    assert cgroup.core_quota() is None

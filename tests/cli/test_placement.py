@@ -19,7 +19,7 @@ from hf_zero_plugin.errors import LaunchError
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(placement, "count_usable_cores", lambda: 8)
+    monkeypatch.setattr(placement, "usable_cores", lambda: 8)
 
 
 def request(**flags: Any) -> LaunchRequest:

@@ -81,7 +81,7 @@ def test_ranks_of_a_machine_divide_its_cores(
     omp: str | None, ranks: str | None, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(host_threads_module, "num_cores", lambda: 16)
+    monkeypatch.setattr(host_threads_module, "usable_cores", lambda: 16)
     for name, value in (("OMP_NUM_THREADS", omp), ("LOCAL_WORLD_SIZE", ranks)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     assert host_threads(1.0, spared=2) == expected

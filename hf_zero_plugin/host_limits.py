@@ -1,11 +1,12 @@
-"""Limits that a container or a scheduler has set on this process: cgroup v2 and v1, the tightest of all levels."""
+"""What a container or a scheduler leaves this process of the host: cgroup v2 and v1, the tightest of all levels."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["core_quota", "memory_limit_bytes"]
+__all__ = ["available_memory_bytes", "core_quota", "memory_limit_bytes", "usable_cores"]
 
 ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -20,6 +21,32 @@ def memory_limit_bytes() -> int | None:
     limits += [_integer(directory / "memory.limit_in_bytes") for directory in _directories("memory")]
     known = [limit for limit in limits if limit is not None and limit < _V1_UNLIMITED]
     return min(known, default=None)
+
+
+def available_memory_bytes() -> int:
+    """Host memory that can still be taken: what the machine has free, or what a group has left, whichever is less.
+
+    Pages of files that nobody has used lately count as free in both: the kernel drops them before it refuses memory.
+    """
+    import psutil
+
+    left = [psutil.virtual_memory().available]
+    for controller, limit_name, used_name, droppable_name in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        for directory in _directories(controller):
+            limit, used = _integer(directory / limit_name), _integer(directory / used_name)
+            if limit is not None and used is not None:
+                left.append(limit - used + _statistic(directory / "memory.stat", droppable_name))
+    return max(0, min(left))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: affinity and the cgroup's CPU quota, at least 1."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = core_quota()
+    return max(1, num_cores if quota is None else min(num_cores, int(quota)))
 
 
 def core_quota() -> float | None:
@@ -57,6 +84,11 @@ def _directories(controller: str) -> Iterator[Path]:
 def _integer(path: Path) -> int | None:
     text = _text(path).strip()
     return int(text) if text.lstrip("-").isdecimal() else None
+
+
+def _statistic(path: Path, name: str) -> int:
+    """Of a file of lines ``name number``; 0 if it is not there."""
+    return next((int(line.split()[1]) for line in _text(path).splitlines() if line.startswith(f"{name} ")), 0)
 
 
 def _text(path: Path) -> str:
