@@ -2,10 +2,10 @@
 
     python benchmarks/copy_queue.py
 
-2 GB of page-locked memory are queued each way on side streams, in copies of so many MB: with nothing between them, with
-a tiny kernel after each, or each in the other one of two streams, after the one before. The compute stream is idle or
-multiplies matrices of a 3 B decoder. Waits are those of three ``tensor.item()`` in a row, or of three batches of 100 kB
-in page-locked memory that go to the device.
+2 GB of page-locked memory are queued each way on side streams, in copies of so many MiB: with nothing between them,
+with a tiny kernel after each, or each in the other one of two streams, after the one before. The compute stream is idle
+or multiplies matrices of a 3 B decoder. Waits are those of three ``tensor.item()`` in a row, or of three batches of 100
+kB in page-locked memory that go to the device.
 """
 
 from __future__ import annotations

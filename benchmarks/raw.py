@@ -17,6 +17,10 @@ Round = tuple[str, int]
 
 WITHOUT_CONFIG = ("plain", "compute", "torchao")
 
+OTHER_ENGINES = {"-earlier-": "earlier engine", "-whole-uploads-": "uploads not cut"}
+"""What a file's name says about our engine, if it was not the present one. Such rows stand apart, and are kept for what
+was measured beside them."""
+
 
 class Setting(NamedTuple):
     """What is the same for every engine of a comparison."""
@@ -33,8 +37,8 @@ class Setting(NamedTuple):
     gpu_gib: float | None
     logs_losses: bool
     """Every step's loss was read, which makes the host wait: such cells are no timings."""
-    is_earlier: bool = False
-    """Of an engine before transfers were changed; the file's name says so. Kept for what was measured beside it."""
+    other: str = ""
+    """What our engine was, if it was not the present one."""
 
     @property
     def label(self) -> str:
@@ -47,8 +51,8 @@ class Setting(NamedTuple):
             parts.append("checkpointing")
         if self.gpu_gib:
             parts.append(f"{self.gpu_gib:g} GiB of GPU")
-        if self.is_earlier:
-            parts.append("earlier engine")
+        if self.other:
+            parts.append(self.other)
         return ", ".join(parts)
 
 
@@ -120,6 +124,10 @@ class Raw:
         for (setting, _), cell in self._cells.items():
             for engine, place, record in self._shared.get(setting, []):
                 cell.runs[engine][place].append(record)
+            if setting.other:
+                for engine, place, record in self._shared.get(setting._replace(other=""), []):
+                    if engine == "compute":  # which no engine of ours changes
+                        cell.runs[engine][place].append(record)
         for setting, found in self._shared.items():
             if not any(known == setting for known, _ in self._cells):
                 cell = self._cells.setdefault((setting, Variant()), Cell(setting, Variant()))
@@ -138,7 +146,7 @@ class Raw:
                 continue
             record["device"] = limits.get("device", "CPU")
             record["limits"] = limits
-            record["is_earlier"] = "-earlier-" in path.name
+            record["other"] = next((label for part, label in OTHER_ENGINES.items() if part in path.name), "")
             if "largest" in record:
                 self.largest.append(record)
             elif "lost_rank" in record:
@@ -190,7 +198,7 @@ def setting_of(record: Record) -> Setting:
         dropout=record.get("dropout"),
         gpu_gib=record.get("gpu_gib"),
         logs_losses="losses" in record,
-        is_earlier=record.get("is_earlier", False),
+        other=record.get("other", ""),
     )
 
 

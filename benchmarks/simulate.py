@@ -5,7 +5,8 @@
 
 ``StreamedHome`` decides what is uploaded, updated and downloaded after what; nothing is computed or copied, streams and
 events only know when they would be done. Forward and backward are as long as they are said to be, spread evenly over
-the buckets, and activations come and go evenly. Links serve one copy at a time and direction, whichever is ready first.
+the buckets, and activations come and go evenly. Links serve one copy at a time and direction, in the order in which
+they are asked for.
 ``--launch`` is host time of one step; the rest of a step's host time is not simulated, nor is the device's allocator.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -88,23 +88,6 @@ class Stream:
         self.done = max(self.done, self.clock.now) + seconds
 
 
-class Link:
-    """One direction of the bus."""
-
-    def __init__(self) -> None:
-        self._taken: deque[tuple[float, float]] = deque(maxlen=500)
-
-    def copy(self, ready: float, seconds: float) -> float:
-        """When a copy that may begin at ``ready`` is over."""
-        begin = ready
-        for start, end in sorted(self._taken):
-            if begin + seconds <= start:
-                break
-            begin = max(begin, end)
-        self._taken.append((begin, begin + seconds))
-        return begin + seconds
-
-
 class Buffer:
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes = num_bytes
@@ -119,7 +102,6 @@ class SimulatedHome(StreamedHome):
         self.compute = self.current = Stream(self.clock)
         self.activations = 0.0
         self._base, self._buffers = base, weakref.WeakSet[Buffer]()
-        self._up, self._down = Link(), Link()
         self._last_up = self._last_down = 0.0
         self.context: Any = SimpleNamespace(
             device=torch.device("cuda", 0), is_alone=True, grads=SimpleNamespace(frees_when_released=False)
@@ -147,7 +129,7 @@ class SimulatedHome(StreamedHome):
 
     def _upload(self, index: int, buffer: Any, *after: Any) -> Any:
         begin = max(self._last_up, self.clock.now, *(event.done for event in after))
-        self._last_up = self._up.copy(begin, self._state_bytes(index) / self.machine.link)
+        self._last_up = begin + self._state_bytes(index) / self.machine.link
         return Event(self.clock, self._last_up)
 
     def _update(self, index: int, *_: Any) -> None:
@@ -155,7 +137,7 @@ class SimulatedHome(StreamedHome):
 
     def _download(self, index: int, buffer: Any, ready: Any) -> Any:
         begin = max(self._last_down, ready.done, self.clock.now)
-        self._last_down = self._down.copy(begin, self._state_bytes(index) / self.machine.link)
+        self._last_down = begin + self._state_bytes(index) / self.machine.link
         return Event(self.clock, self._last_down)
 
     def synchronize(self) -> None:

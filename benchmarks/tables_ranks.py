@@ -173,7 +173,7 @@ def losses(raw: Raw, device: str) -> list[str]:
 
     present = {cell.setting for cell in raw.cells(device)}
     for cell in raw.cells(device):
-        if not (cell.setting.is_earlier and cell.setting._replace(is_earlier=False) in present):
+        if not (cell.setting.other and cell.setting._replace(other="") in present):
             _judge_steps(cell, judge)
     for limited in limited_cells(raw, device):
         if limited.cell.setting.model.startswith("decoder"):

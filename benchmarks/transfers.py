@@ -5,9 +5,9 @@
 ``now`` is the engine as it is. Other ways are joined with ``+``:
 
     sizes       every buffer has its piece's size, and a piece takes the smallest that is large enough
-    kernels     downloads go through one stream, a tiny kernel after every 72 MB
+    kernels     downloads go through one stream, a tiny kernel after every 72 MiB
     whole       uploads are not cut, so that the next batch waits behind a piece
-    cut=36      megabytes of a cut, both ways
+    cut=36      MiB of a cut, both ways
     in_place    nothing is copied: updates read and write page-locked host memory themselves
     held=0.2    ``staging_room.HELD_SHARE``
     ahead=0.65  ``staging_room.MAX_AHEAD_SHARE``

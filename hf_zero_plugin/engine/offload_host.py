@@ -163,7 +163,7 @@ class HostHome(Home):
                 stream.synchronize()
             self._carriers.widen(index)
         self._carriers.down[index].copy_(grad, non_blocking=True)
-        self._tick.zero_()  # see downloads.py: others read numbers meanwhile; here copies come singly, behind kernels
+        self._tick.zero_()  # see cut_copies.py: others read numbers meanwhile; here copies come singly, behind kernels
 
     def run(self, job: Job) -> None:
         """Update one bucket; on the worker thread, or inline without one."""

@@ -154,8 +154,12 @@ class StreamedHome(Home):
             return
         # Whoever had this memory before has used it on the compute stream, up to here.
         free = self._compute.record_event()
-        for index, buffer in fresh.items():
-            self._bring(index, buffer, free, empty.get(index))
+        try:
+            for index, buffer in fresh.items():
+                self._bring(index, buffer, free, empty.get(index))
+        except BaseException:
+            self._end_copies()
+            raise
         self._staged.update(fresh)
 
     def _bring(self, index: int, buffer: Tensor, *after: torch.cuda.Event | None) -> None:
@@ -173,8 +177,13 @@ class StreamedHome(Home):
     def forget_prefetched(self) -> None:
         self.launch_rest()
         if self._staged:
-            self._uploads.synchronize()  # nobody may get this memory while copies into it are under way
+            self._end_copies()
             self._staged.clear()
+
+    def _end_copies(self) -> None:
+        """Nobody may get the memory of a buffer while copies use it; but for them, staged ones have no users."""
+        for copies in (self._uploads, self._downloads):
+            copies.synchronize()
 
     # ---------------------------------------------------------------- the step
 
@@ -292,8 +301,7 @@ class StreamedHome(Home):
         self.launch_rest()
         for stream in (*self._slots, self._gathers):
             stream.synchronize()
-        for copies in (self._uploads, self._downloads):
-            copies.synchronize()
+        self._end_copies()
         self._leaving.reap()
 
     def tensors(self, index: int) -> dict[str, Tensor]:

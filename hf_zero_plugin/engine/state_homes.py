@@ -51,7 +51,8 @@ __all__ = [
 
 STREAM_PIECE_NUMEL = 12 * 2**20
 """Elements per piece that passes through the device, at most: each of two slots takes (K + 2) * 4 bytes of device
-memory per element (Adam: 200 MB each), and every piece costs the host about twenty-five calls a step."""
+memory per element (Adam: 200 MB each), and every piece costs the host about fifteen calls a step, and four for each
+cut of a copy."""
 
 LINK_NUMEL_PER_S = 4.2e9
 THREAD_NUMEL_PER_S = 0.15e9

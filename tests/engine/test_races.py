@@ -331,7 +331,7 @@ def test_a_missing_wait_is_found(missing: str, monkeypatch: pytest.MonkeyPatch) 
                 slot.wait_event = lambda event: None  # type: ignore[method-assign]
         if missing == "memory is free before states come":
             bring = StreamedHome._bring
-            monkeypatch.setattr(StreamedHome, "_bring", lambda self, index, buffer, *_: bring(self, index, buffer))
+            monkeypatch.setattr(StreamedHome, "_bring", lambda self, *args: bring(self, *args[:2], args[-1]))
         if missing == "staged states have left":
             after = StreamedHome._return
 
@@ -379,6 +379,54 @@ def test_a_full_device_loses_no_buffer_that_is_still_read(monkeypatch: pytest.Mo
         _train(engine, 2)
         engine.destroy()
     assert detector.races == []
+
+
+def _have_ended(detector: RaceDetector, *copies: CutCopies) -> bool:
+    """Whether the host has waited for all that is queued."""
+    clocks = [stream.clock for one in copies for stream in one._streams]
+    return all(detector.host.get(name, 0) >= count for clock in clocks for name, count in clock.items())  # type: ignore[attr-defined]
+
+
+def test_states_that_were_fetched_for_nothing_have_come_before_their_memory_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _stream_on_the_cpu(monkeypatch, room=True)
+    with RaceDetector(sees_ends=False) as detector:
+        engine = _engine("bf16", "cpu")
+        (home,) = _homes(engine)
+        _train(engine, 1)
+        home.start_backward()
+        home.prefetch()
+        assert home._staged and not _have_ended(detector, home._uploads)
+        home.forget_prefetched()
+        assert not home._staged and _have_ended(detector, home._uploads)
+        engine.destroy()
+
+
+def test_an_error_while_states_are_fetched_frees_nothing_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = _train(_engine("bf16", "none"))
+    _stream_on_the_cpu(monkeypatch, room=True)
+    with RaceDetector(sees_ends=False) as detector:
+        engine = _engine("bf16", "cpu")
+        (home,) = _homes(engine)
+        _train(engine, 3)
+        home.start_backward()
+        upload = home._upload
+
+        def interrupted(index: int, buffer: Tensor, *after: Any) -> Any:
+            if index == 1:
+                raise KeyboardInterrupt
+            return upload(index, buffer, *after)
+
+        home._upload = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            home.prefetch()
+        assert not home._staged and _have_ended(detector, home._uploads, home._downloads)
+        del home._upload
+        found = _train(engine, 3, first=3)
+        engine.destroy()
+    assert detector.races == []
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 def test_a_device_whose_free_memory_is_in_pieces_stages_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
