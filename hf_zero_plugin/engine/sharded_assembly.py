@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from hf_zero_plugin.config.settings import EngineSettings, Stage3Settings
 from hf_zero_plugin.engine.assembly import BUCKET_NUMEL, choose_optimizer
@@ -52,6 +52,7 @@ from hf_zero_plugin.engine.sharded_values import (
 from hf_zero_plugin.engine.sharded_wiring import Plan, connect_training
 from hf_zero_plugin.engine.sharding import sharding_for
 from hf_zero_plugin.engine.shards import Shards, span_of, watch_evaluation
+from hf_zero_plugin.engine.unfilled import Unfilled
 from hf_zero_plugin.engine.unit_transfers import UnitTransfers
 from hf_zero_plugin.errors import ConfigError
 
@@ -85,17 +86,20 @@ def assemble_sharded(
     originals = {name: param for name, param in module.named_parameters() if name in cut}
     replaced = make_real(module, cut)
     trained_whole = {name for layout in plan.whole for name in (slot.spec.name for slot in layout.slots)}
+    unfilled = Unfilled.of(module)
+    unfilled.keep_whole(trained_whole)
     place_the_rest(module, device, compute, cut | trained_whole, group)
     if not is_sharded(module):
+        unfilled.values.update(originals)
         swap_for_meta(module, originals, compute)
         whole = {param for name, param in module.named_parameters() if name not in cut}
         wire = settings.communication_dtype
         shard_units(module, units, whole, settings, mesh, DTYPES[wire] if wire is not None else None)
         watch_evaluation(module)
         open_root(module)
-        sources: dict[str, Tensor] = dict(originals)
-    else:
-        sources = {item.name: item.padded for item in sharded_params(module)}
+        unfilled.stand_first()
+    for item in sharded_params(module):
+        unfilled.values.setdefault(item.name, item.padded)
 
     home = torch.device("cpu") if settings.offload_param.device == "cpu" else device
     flats = make_storage(module, [*plan.sharded, *plan.frozen], home, settings)
@@ -115,10 +119,11 @@ def assemble_sharded(
     # In the model's order: ranks whose parts differ in size have other layouts. Those whose values lose nothing go
     # first, and free their memory before that of the states is taken.
     order = [(item.name, *places[item.name]) for item in parts.shards.params]
-    wide = {name for name, layout, *_ in order if sources[name].dtype != layout.dtype}
+    wide = {name for name, layout, *_ in order if unfilled.values[name].dtype != layout.dtype}
     for name, layout, slot, _ in order:
         if name not in wide:
-            fill(sources.pop(name), flat_of[id(layout)], slot)
+            fill(unfilled.values[name], flat_of[id(layout)], slot)
+            unfilled.take(name)
     if rule is not None:
         stepped = client if client_steps else None
         connect_training(parts, settings, plan, flats[: len(plan.sharded)], home, rule, stepped, group)
@@ -128,7 +133,9 @@ def assemble_sharded(
     for name, layout, slot, is_trained in order:
         if name in wide:
             mine = pieces.get(layout.index, []) if is_trained else []
-            fill(sources.pop(name), flat_of[id(layout)], slot, mine)
+            fill(unfilled.values[name], flat_of[id(layout)], slot, mine)
+            unfilled.take(name, is_rounded=True)
+    unfilled.close()
     return parts
 
 

@@ -82,12 +82,15 @@ def connect_training(
     parts.layouts = [*plan.whole, *plan.sharded]
     parts.gather_group = group
     parts.weights = FlatWeights(parts.layouts, parts.params, parts.device)
-    exact = initial_values.adopt_weights(parts.weights, plan.whole, parts.sharding, group)
+    for layout in plan.whole:
+        parts.weights.allocate(layout, layout.dtype)  # type: ignore[arg-type]
     parts.weights.flats += flats
     streams = _streams(parts, settings, rule, client, home, flats, group)
     parts.grads = _make_grads(parts, settings, plan, flats, group, streams)
     homes = _make_homes(parts, settings, plan, home, rule, client, streams)
     parts.masters = MasterWeights(homes, parts.grads, len(parts.layouts))
+    # Not before there are homes: parameters that are half precision already could not begin anew after an error.
+    exact = initial_values.adopt_weights(parts.weights, plan.whole, parts.sharding, group)
     num_whole = len(plan.whole)
     for owner, index, piece in parts.masters.pieces():
         if piece.bucket < num_whole:
