@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,12 +34,14 @@ from hf_zero_plugin.engine.parts import Assembly
 from hf_zero_plugin.engine.readiness import Doors
 from hf_zero_plugin.engine.resident_grads import ResidentGrads
 from hf_zero_plugin.engine.sharding import sharding_for
+from hf_zero_plugin.engine.spent import refuse_spent
 from hf_zero_plugin.engine.state_homes import make_homes, state_types
 from hf_zero_plugin.engine.transient_grads import TransientGrads
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
 from hf_zero_plugin.errors import ConfigError
 
 __all__ = [
+    "Chosen",
     "accumulates_in_fp32",
     "assemble",
     "choose_optimizer",
@@ -59,25 +61,36 @@ MIN_BUCKET_NUMEL = 2 * 2**20
 it): each costs a dozen calls a step, and saves 4 MB of buffer."""
 
 
+class Chosen(NamedTuple):
+    """What updates the weights, and the optimizer object that shows its param groups."""
+
+    rule: UpdateRule
+    optimizer: ZeroOptimizer
+    client: torch.optim.Optimizer | None
+    """The user's own object, if no rule of ours does what it does: then it steps itself."""
+
+
 def assemble(
     module: nn.Module,
     settings: EngineSettings,
     device: torch.device,
-    param_groups: list[dict[str, Any]] | None,
-    client: torch.optim.Optimizer | None,
+    chosen: Chosen | None,
     rank: int,
     world_size: int,
     group: dist.ProcessGroup | None,
 ) -> Assembly:
-    """Build all parts; the module ends up on ``device`` with its trainable weights in flat buckets."""
+    """Build all parts; the module ends up on ``device`` with its trainable weights in flat buckets.
+
+    ``chosen`` is None for evaluation only.
+    """
+    refuse_spent(module)
     parts = Assembly(module, device, sharding_for(settings.stage, rank=rank, world_size=world_size))
     compute = DTYPES[settings.precision] if settings.precision != "fp32" else None
-    if param_groups is None:
+    if chosen is None:
         place_rest(module, device, compute, skip=set())
         return parts
-    rule, optimizer, client_steps = choose_optimizer(settings, param_groups, client)
-    parts.optimizer = optimizer
-    parts.params, specs = _specs(module, optimizer.param_groups, compute, settings)
+    parts.optimizer = chosen.optimizer
+    parts.params, specs = _specs(module, chosen.optimizer.param_groups, compute, settings)
     place_rest(module, device, compute, skip={id(param) for param in parts.params})
     asked = min(settings.reduce_bucket_size, settings.allgather_bucket_size, settings.sub_group_size)
     numel = min(BUCKET_NUMEL, max(asked, MIN_BUCKET_NUMEL))
@@ -85,13 +98,13 @@ def assemble(
     parts.weights = FlatWeights(parts.layouts, parts.params, device)
     if world_size > 1:
         broadcast_rest(module, {id(param) for param in parts.params}, group)
-    _wire(parts, settings, rule, client if client_steps else None, group)
+    _wire(parts, settings, chosen.rule, chosen.client, group)
     return parts
 
 
 def choose_optimizer(
     settings: EngineSettings, param_groups: list[dict[str, Any]], client: torch.optim.Optimizer | None
-) -> tuple[UpdateRule, ZeroOptimizer, bool]:
+) -> Chosen:
     if client is None:
         if settings.optimizer is None:
             raise ConfigError(
@@ -100,7 +113,7 @@ def choose_optimizer(
             )
         rule = rule_from_config(settings.optimizer)
         groups = [{**rule.defaults, **group} for group in param_groups]
-        return rule, ZeroOptimizer(groups, rule.defaults), False
+        return Chosen(rule, ZeroOptimizer(groups, rule.defaults), None)
     found = rule_for(client)
     if found is not None and client.state:
         logger.warning(
@@ -111,7 +124,7 @@ def choose_optimizer(
     optimizer = ZeroOptimizer(
         [{**group, "params": list(group["params"])} for group in client.param_groups], client.defaults, client=client
     )
-    return found or UpdateRule(client.defaults), optimizer, found is None
+    return Chosen(found or UpdateRule(client.defaults), optimizer, client if found is None else None)
 
 
 def _specs(

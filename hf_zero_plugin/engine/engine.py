@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from hf_zero_plugin.config.settings import EngineSettings
 from hf_zero_plugin.engine.activation_offload import ActivationOffload
 from hf_zero_plugin.engine.answers import Answering
-from hf_zero_plugin.engine.assembly import assemble
+from hf_zero_plugin.engine.assembly import assemble, choose_optimizer
 from hf_zero_plugin.engine.flops import FlopsProfiler
 from hf_zero_plugin.engine.grad_norm import agreed_culprit, grad_stats
 from hf_zero_plugin.engine.loss_scaler import LossScaler
@@ -93,14 +93,15 @@ class ZeroEngine(Answering, Saved, Timed, nn.Module):
         """Boundaries reached, skipped steps included."""
         self.watchdog = Watchdog(self.global_rank, self.world_size, steps_of(self), group)
         shards_params = sharding_for(settings.stage, rank=0, world_size=1).shards_params
-        build = assemble_sharded if shards_params else assemble
-        self.parts: Assembly = build(
-            module, settings, device, param_groups, client_optimizer, self.global_rank, self.world_size, group
-        )
-        self.optimizer: ZeroOptimizer | None = self.parts.optimizer
+        # What can be wrong with a configuration comes first: once weights have moved, an error costs their fp32 values.
+        set_log_level(settings.log_level)
+        chosen = choose_optimizer(settings, param_groups, client_optimizer) if param_groups is not None else None
+        self.optimizer: ZeroOptimizer | None = chosen.optimizer if chosen is not None else None
         if self.optimizer is not None:
             self.optimizer.engine = self
         self.lr_scheduler = self._make_scheduler(lr_scheduler)
+        build = assemble_sharded if shards_params else assemble
+        self.parts: Assembly = build(module, settings, device, chosen, self.global_rank, self.world_size, group)
 
         if self.parts.shards is not None:
             self.parts.shards.watchdog = self.watchdog
@@ -115,7 +116,6 @@ class ZeroEngine(Answering, Saved, Timed, nn.Module):
         """All modules, unless one of them has a ``train`` of its own."""
         register(self)
         self._watch_if_asked(settings.wall_clock_breakdown)
-        set_log_level(settings.log_level)
         self._reports = StepReports(settings, device, self.world_size)
         counts = settings.flops_profiler is not None and self.global_rank == 0
         self._flops = FlopsProfiler(settings.flops_profiler, module, device) if counts else None  # type: ignore[arg-type]

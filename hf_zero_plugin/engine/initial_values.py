@@ -61,8 +61,11 @@ def adopt_bucket(
 def adopt_weights(
     weights: FlatWeights, layouts: Sequence[BucketLayout], sharding: Sharding, group: dist.ProcessGroup | None
 ) -> Callable[[Piece], Tensor]:
-    """``adopt_bucket`` for all of ``layouts`` at once."""
-    exact = {layout.index: adopt_bucket(weights, layout, sharding, group) for layout in layouts}
+    """``adopt_bucket`` for all of ``layouts`` at once; buffers are made here."""
+    exact = {}
+    for layout in layouts:
+        weights.allocate(layout, layout.dtype)  # type: ignore[arg-type]
+        exact[layout.index] = adopt_bucket(weights, layout, sharding, group)
     return lambda piece: exact[piece.bucket](piece)
 
 

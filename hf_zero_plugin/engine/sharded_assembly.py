@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from hf_zero_plugin.config.settings import EngineSettings, Stage3Settings
-from hf_zero_plugin.engine.assembly import BUCKET_NUMEL, choose_optimizer
+from hf_zero_plugin.engine.assembly import BUCKET_NUMEL, Chosen
 from hf_zero_plugin.engine.buckets import (
     ParamSpec,
     plan_buckets,
@@ -38,7 +38,6 @@ from hf_zero_plugin.engine.fsdp import (
     sharded_params,
 )
 from hf_zero_plugin.engine.low_precision import DTYPES
-from hf_zero_plugin.engine.optimizers import UpdateRule
 from hf_zero_plugin.engine.parts import Assembly
 from hf_zero_plugin.engine.root_access import open_root
 from hf_zero_plugin.engine.sharded_values import (
@@ -49,10 +48,10 @@ from hf_zero_plugin.engine.sharded_values import (
     place_the_rest,
     swap_for_meta,
 )
-from hf_zero_plugin.engine.sharded_wiring import Plan, connect_training
+from hf_zero_plugin.engine.sharded_wiring import Plan, connect_training, refuse_impossible_states
 from hf_zero_plugin.engine.sharding import sharding_for
 from hf_zero_plugin.engine.shards import Shards, span_of, watch_evaluation
-from hf_zero_plugin.engine.unfilled import Unfilled
+from hf_zero_plugin.engine.spent import refuse_spent, taking_apart
 from hf_zero_plugin.engine.unit_transfers import UnitTransfers
 from hf_zero_plugin.errors import ConfigError
 
@@ -63,22 +62,21 @@ def assemble_sharded(
     module: nn.Module,
     settings: EngineSettings,
     device: torch.device,
-    param_groups: list[dict[str, Any]] | None,
-    client: torch.optim.Optimizer | None,
+    chosen: Chosen | None,
     rank: int,
     world_size: int,
     group: dist.ProcessGroup | None,
 ) -> Assembly:
     """Build all parts of a stage 3 engine; the module is sharded in place, and stays so when the engine ends."""
+    refuse_spent(module)
     mesh = make_mesh(device, group)
     reshard_all(module)
     parts = Assembly(module, device, sharding_for(settings.stage, rank=rank, world_size=world_size))
     compute = DTYPES[settings.precision] if settings.precision != "fp32" else None
-    rule: UpdateRule | None = None
-    client_steps = False
-    if param_groups is not None:
-        rule, parts.optimizer, client_steps = choose_optimizer(settings, param_groups, client)
+    parts.optimizer = chosen.optimizer if chosen is not None else None
     groups = parts.optimizer.param_groups if parts.optimizer is not None else []
+    if chosen is not None:
+        refuse_impossible_states(settings, chosen, parts.sharding)
     name_sharded(groups, module)
     cut = _names_to_cut(module, settings.stage3)
     units = _units(module, settings)
@@ -86,56 +84,50 @@ def assemble_sharded(
     originals = {name: param for name, param in module.named_parameters() if name in cut}
     replaced = make_real(module, cut)
     trained_whole = {name for layout in plan.whole for name in (slot.spec.name for slot in layout.slots)}
-    unfilled = Unfilled.of(module)
-    unfilled.keep_whole(trained_whole)
     place_the_rest(module, device, compute, cut | trained_whole, group)
-    if not is_sharded(module):
-        unfilled.values.update(originals)
-        swap_for_meta(module, originals, compute)
-        whole = {param for name, param in module.named_parameters() if name not in cut}
-        wire = settings.communication_dtype
-        shard_units(module, units, whole, settings, mesh, DTYPES[wire] if wire is not None else None)
-        watch_evaluation(module)
-        open_root(module)
-        unfilled.stand_first()
-    for item in sharded_params(module):
-        unfilled.values.setdefault(item.name, item.padded)
-
     home = torch.device("cpu") if settings.offload_param.device == "cpu" else device
     flats = make_storage(module, [*plan.sharded, *plan.frozen], home, settings)
-    flat_of = dict(zip([id(layout) for layout in [*plan.sharded, *plan.frozen]], flats))
-    places = plan.places
-    for item in sharded_params(module):
-        layout, slot, _ = places[item.name]
-        put_storage(item, flat_of[id(layout)][slot.start : slot.end + slot.spec.reserve])
-    settle_root(module)
-    parts.shards = Shards(module, device, group)
-    parts.shards.remember(originals)
-    replaced.update({id(param): parts.shards.by_name[name].param for name, param in originals.items()})
-    for param_group in groups:
-        param_group["params"] = [replaced.get(id(param), param) for param in param_group["params"]]
+    with taking_apart(module):
+        if not is_sharded(module):
+            swap_for_meta(module, originals, compute)
+            whole = {param for name, param in module.named_parameters() if name not in cut}
+            wire = settings.communication_dtype
+            shard_units(module, units, whole, settings, mesh, DTYPES[wire] if wire is not None else None)
+            watch_evaluation(module)
+            open_root(module)
+            sources: dict[str, Tensor] = dict(originals)
+        else:
+            sources = {item.name: item.padded for item in sharded_params(module)}
 
-    fill = Fill(parts, group, rank, world_size)
-    # In the model's order: ranks whose parts differ in size have other layouts. Those whose values lose nothing go
-    # first, and free their memory before that of the states is taken.
-    order = [(item.name, *places[item.name]) for item in parts.shards.params]
-    wide = {name for name, layout, *_ in order if unfilled.values[name].dtype != layout.dtype}
-    for name, layout, slot, _ in order:
-        if name not in wide:
-            fill(unfilled.values[name], flat_of[id(layout)], slot)
-            unfilled.take(name)
-    if rule is not None:
-        stepped = client if client_steps else None
-        connect_training(parts, settings, plan, flats[: len(plan.sharded)], home, rule, stepped, group)
-    elif world_size == 1:
-        parts.shards.transfers = UnitTransfers(parts.shards)
-    pieces = fill.pieces_by_bucket()
-    for name, layout, slot, is_trained in order:
-        if name in wide:
-            mine = pieces.get(layout.index, []) if is_trained else []
-            fill(unfilled.values[name], flat_of[id(layout)], slot, mine)
-            unfilled.take(name, is_rounded=True)
-    unfilled.close()
+        flat_of = dict(zip([id(layout) for layout in [*plan.sharded, *plan.frozen]], flats))
+        places = plan.places
+        for item in sharded_params(module):
+            layout, slot, _ = places[item.name]
+            put_storage(item, flat_of[id(layout)][slot.start : slot.end + slot.spec.reserve])
+        settle_root(module)
+        parts.shards = Shards(module, device, group)
+        parts.shards.remember(originals)
+        replaced.update({id(param): parts.shards.by_name[name].param for name, param in originals.items()})
+        for param_group in groups:
+            param_group["params"] = [replaced.get(id(param), param) for param in param_group["params"]]
+
+        fill = Fill(parts, group, rank, world_size)
+        # In the model's order: ranks whose parts differ in size have other layouts. Those whose values lose nothing go
+        # first, and free their memory before that of the states is taken.
+        order = [(item.name, *places[item.name]) for item in parts.shards.params]
+        wide = {name for name, layout, *_ in order if sources[name].dtype != layout.dtype}
+        for name, layout, slot, _ in order:
+            if name not in wide:
+                fill(sources.pop(name), flat_of[id(layout)], slot)
+        if chosen is not None:
+            connect_training(parts, settings, plan, flats[: len(plan.sharded)], home, chosen, group)
+        elif world_size == 1:
+            parts.shards.transfers = UnitTransfers(parts.shards)
+        pieces = fill.pieces_by_bucket()
+        for name, layout, slot, is_trained in order:
+            if name in wide:
+                mine = pieces.get(layout.index, []) if is_trained else []
+                fill(sources.pop(name), flat_of[id(layout)], slot, mine)
     return parts
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hf_zero_plugin.config.settings import EngineSettings
 from hf_zero_plugin.engine import assembly, initial_values, state_homes
+from hf_zero_plugin.engine.assembly import Chosen
 from hf_zero_plugin.engine.buckets import BucketLayout, Piece, Slot, cut_pieces, cut_whole_parameters
 from hf_zero_plugin.engine.client_home import ClientHome
 from hf_zero_plugin.engine.device_home import DeviceHome
@@ -41,9 +42,11 @@ from hf_zero_plugin.engine.parts import Assembly
 from hf_zero_plugin.engine.readiness import Doors
 from hf_zero_plugin.engine.resident_grads import ResidentGrads
 from hf_zero_plugin.engine.sharded_grads import ShardedGrads, Stage3Grads
+from hf_zero_plugin.engine.sharding import Sharding
+from hf_zero_plugin.engine.state_file import refuse_directory
 from hf_zero_plugin.engine.unit_transfers import UnitTransfers
 
-__all__ = ["Plan", "connect_training"]
+__all__ = ["Plan", "connect_training", "refuse_impossible_states"]
 
 
 class Plan(NamedTuple):
@@ -71,26 +74,23 @@ def connect_training(
     plan: Plan,
     flats: Sequence[Tensor],
     home: torch.device,
-    rule: UpdateRule,
-    client: torch.optim.Optimizer | None,
+    chosen: Chosen,
     group: dist.ProcessGroup | None,
 ) -> None:
     """Connect gradients, masters and doors; masters of sharded parameters are what their weights are now."""
     assert parts.shards is not None and parts.optimizer is not None
+    rule, _, client = chosen
     by_name = dict(parts.module.named_parameters())
     parts.params = [by_name[name] for name in plan.names]
     parts.layouts = [*plan.whole, *plan.sharded]
     parts.gather_group = group
     parts.weights = FlatWeights(parts.layouts, parts.params, parts.device)
-    for layout in plan.whole:
-        parts.weights.allocate(layout, layout.dtype)  # type: ignore[arg-type]
+    exact = initial_values.adopt_weights(parts.weights, plan.whole, parts.sharding, group)
     parts.weights.flats += flats
     streams = _streams(parts, settings, rule, client, home, flats, group)
     parts.grads = _make_grads(parts, settings, plan, flats, group, streams)
     homes = _make_homes(parts, settings, plan, home, rule, client, streams)
     parts.masters = MasterWeights(homes, parts.grads, len(parts.layouts))
-    # Not before there are homes: parameters that are half precision already could not begin anew after an error.
-    exact = initial_values.adopt_weights(parts.weights, plan.whole, parts.sharding, group)
     num_whole = len(plan.whole)
     for owner, index, piece in parts.masters.pieces():
         if piece.bucket < num_whole:
@@ -109,6 +109,16 @@ def connect_training(
     else:
         assembly.prefetch_states(parts)
         parts.shards.guard(parts.masters, buckets)
+
+
+def refuse_impossible_states(settings: EngineSettings, chosen: Chosen, sharding: Sharding) -> None:
+    """What ``connect_training`` would refuse, as far as that is known before the model's weights are taken apart."""
+    state_homes.state_types(settings, chosen.rule, chosen.client)
+    if settings.offload_optimizer.device == "nvme":
+        state_homes.refuse_own_states_on_nvme(chosen.rule, chosen.client)
+        refuse_directory(settings.offload_optimizer.nvme_path or "")
+    if chosen.client is not None or not chosen.rule.elementwise:
+        state_homes.refuse_cut_parameters(chosen.rule, chosen.client, sharding)
 
 
 def _make_grads(

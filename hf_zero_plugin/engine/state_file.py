@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hf_zero_plugin.errors import ConfigError
 
-__all__ = ["StateFile"]
+__all__ = ["StateFile", "refuse_directory"]
 
 ALIGNMENT = 4096
 """Of places in the file, in memory, and of lengths: what reads and writes past the page cache need."""
@@ -163,6 +163,11 @@ def _move_all(move: object, file: int, part: memoryview, offset: int) -> None:
 
 def _round_up(size: int) -> int:
     return max(1, -(-size // ALIGNMENT)) * ALIGNMENT
+
+
+def refuse_directory(directory: str) -> None:
+    """Raises ConfigError: no file can be made in ``directory``."""
+    os.close(_open_nameless(directory, 0))
 
 
 def _open_nameless(directory: str, num_bytes: int) -> int:

@@ -102,12 +102,15 @@ def engine_for(
         precision=precision,  # type: ignore[arg-type]
         loss_scale=LossScaleSettings(initial_scale_power=10, window=3) if precision == "fp16" else None,
         gradient_accumulation_steps=micros,
-        optimizer=OptimizerSettings(type="AdamW", params={"lr": lr}),
         offload_param=OffloadParamSettings(device=params_on),  # type: ignore[arg-type]
         offload_optimizer=OffloadOptimizerSettings(device=states_on, **(offload or {})),  # type: ignore[arg-type]
         stage3=Stage3Settings(param_persistence_threshold=whole, **(stage3 or {})),
         activation_checkpointing=ActivationCheckpointingSettings(cpu_checkpointing=cpu_checkpointing),
-        **{"gradient_clipping": 0.5, **options},
+        **{
+            "gradient_clipping": 0.5,
+            "optimizer": OptimizerSettings(type="AdamW", params={"lr": lr}),
+            **options,
+        },
     )
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
