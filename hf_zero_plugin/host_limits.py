@@ -53,12 +53,12 @@ def core_quota() -> float | None:
     """Cores' worth of time that this process may use together with its group; None without a limit."""
     quotas: list[float] = []
     for directory in _directories(""):
-        words = _text(directory / "cpu.max").split()
-        if len(words) == 2 and words[0].isdecimal():
-            quotas.append(int(words[0]) / int(words[1]))
+        quota_us, period_us = [*map(_number, _text(directory / "cpu.max").split()), None, None][:2]
+        if quota_us and period_us:
+            quotas.append(quota_us / period_us)
     for directory in _directories("cpu"):
         quota_us, period_us = _integer(directory / "cpu.cfs_quota_us"), _integer(directory / "cpu.cfs_period_us")
-        if quota_us is not None and quota_us > 0 and period_us:
+        if quota_us and period_us:  # no limit is -1
             quotas.append(quota_us / period_us)
     return min(quotas, default=None)
 
@@ -68,8 +68,8 @@ def _directories(controller: str) -> Iterator[Path]:
     mount = ROOT / controller if controller else ROOT
     group = "/"
     for line in _text(MEMBERSHIP).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(","):
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if path and controller in controllers.split(","):
             group = path
     directory = mount / group.lstrip("/")
     while True:
@@ -82,17 +82,22 @@ def _directories(controller: str) -> Iterator[Path]:
 
 
 def _integer(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.lstrip("-").isdecimal() else None
+    return _number(_text(path).strip())
+
+
+def _number(text: str) -> int | None:
+    """None for a word, "max", or a negative number, which is how a missing limit is written."""
+    return int(text) if text.isdecimal() else None
 
 
 def _statistic(path: Path, name: str) -> int:
     """Of a file of lines ``name number``; 0 if it is not there."""
-    return next((int(line.split()[1]) for line in _text(path).splitlines() if line.startswith(f"{name} ")), 0)
+    words = (line.split() for line in _text(path).splitlines())
+    return next((_number(pair[1]) or 0 for pair in words if len(pair) == 2 and pair[0] == name), 0)
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return ""

@@ -85,9 +85,23 @@ def test_available_memory_counts_pages_of_files_that_nobody_uses(
     assert host_limits.available_memory_bytes() == 2**34
 
 
+@pytest.mark.parametrize(
+    "text", ["", "\n", "max", "--5", "-1", "100", "100 0", "100 x", "x y z", "inactive_file", "\xff\xfe"]
+)
+def test_odd_files_are_no_limits(text: str, control_groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**34))
+    root = control_groups / "cgroup"
+    (control_groups / "membership").write_bytes(text.encode("latin-1"))
+    for name in ("cpu.max", "memory.stat", "memory.max", "cpu/cpu.cfs_period_us", "memory/memory.usage_in_bytes"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(text.encode("latin-1"))
+    assert host_limits.core_quota() is None
+    assert host_limits.available_memory_bytes() == 2**34
+
+
 def test_states_that_a_group_has_no_room_for_are_refused(control_groups: Path) -> None:
     write(control_groups / "membership", "0::/job\n")
     write(control_groups / "cgroup/job/memory.max", f"{2**20}\n")
     write(control_groups / "cgroup/job/memory.current", "0\n")
-    with pytest.raises(ConfigError, match=r"need 0\.5 GiB of host memory, 0\.0 GiB is available"):
+    with pytest.raises(ConfigError, match=r"needs another 0\.5 GiB of host memory, 0\.0 GiB is available"):
         PinnedArena(2**27, pin=False)

@@ -39,7 +39,7 @@ class PinnedArena:
         available = available_memory_bytes()
         if num_bytes > available:
             raise ConfigError(
-                f"$.zero_optimization.offload_optimizer: the optimizer states of this rank need "
+                f"$.zero_optimization: what this rank offloads needs another "
                 f"{num_bytes / 2**30:.1f} GiB of host memory, {available / 2**30:.1f} GiB is available. "
                 "Use more ranks, lower offload_optimizer.ratio so that a share stays on the device, or train fewer "
                 "parameters."

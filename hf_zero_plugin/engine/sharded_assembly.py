@@ -42,6 +42,7 @@ from hf_zero_plugin.engine.parts import Assembly
 from hf_zero_plugin.engine.root_access import open_root
 from hf_zero_plugin.engine.sharded_values import (
     Fill,
+    drop_values,
     make_real,
     make_storage,
     name_sharded,
@@ -128,6 +129,7 @@ def assemble_sharded(
             if name in wide:
                 mine = pieces.get(layout.index, []) if is_trained else []
                 fill(sources.pop(name), flat_of[id(layout)], slot, mine)
+        drop_values(originals.values())
     return parts
 
 

@@ -5,7 +5,7 @@ What ``sharded_assembly.py`` does in order, this file does in detail.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from hf_zero_plugin.engine.parts import Assembly
 from hf_zero_plugin.engine.pinned import PinnedArena
 from hf_zero_plugin.engine.shards import Shards, span_of
 
-__all__ = ["Fill", "make_real", "make_storage", "name_sharded", "place_the_rest", "swap_for_meta"]
+__all__ = ["Fill", "drop_values", "make_real", "make_storage", "name_sharded", "place_the_rest", "swap_for_meta"]
 
 
 OwnedPiece = tuple[Home, int, Piece]
@@ -118,6 +118,14 @@ def _zero_gaps(flat: Tensor, layout: BucketLayout) -> None:
         flat[position : slot.start].zero_()
         position = slot.end
     flat[position:].zero_()
+
+
+def drop_values(params: Iterable[nn.Parameter]) -> None:
+    """Of shards that a model had before: they are remembered for who they are, and would keep their storage alive."""
+    for param in params:
+        local = getattr(param, "_local_tensor", None)
+        if local is not None:
+            local.data = local.new_empty(0)
 
 
 class Fill:

@@ -3,6 +3,7 @@ weights were being taken apart never computes again."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -58,6 +59,25 @@ def _hold_equal(wanted: dict[str, Any], found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_costs_the_model_no_digit(mistake: str, precision: str, stage: int, whole: int) -> None:
     _hold_equal(*_mistaken_then_right(mistake, stage, precision, whole))
+
+
+def _tensor_bytes() -> int:
+    """Of all that lives in this process."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and not one.is_meta]
+    storages = [getattr(one, "_local_tensor", one).untyped_storage() for one in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_an_engine_after_another_holds_no_second_copy_of_the_weights() -> None:
+    model, sizes = Net(200), []
+    for step in range(3):
+        engine = engine_for(model, precision="bf16")
+        train(engine, 1, first=step)
+        engine.destroy()
+        del engine
+        sizes.append(_tensor_bytes())
+    assert max(sizes) - min(sizes) < 10_000 < 2 * sum(param.numel() for param in Net(200).parameters())
 
 
 def _ranks_make_mistakes() -> list[dict[str, Any]]:
