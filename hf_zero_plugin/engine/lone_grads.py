@@ -117,6 +117,8 @@ class LoneGrads(GradientStore):
 
     def take(self, name: str, grad: Tensor) -> None:
         """Add a gradient, whole and of any float type, that nobody else will use; on the compute stream."""
+        if name not in self._places:
+            return  # it requires a gradient, but the optimizer does not know it
         bucket, slot = self._places[name]
         place, is_first = view_of(self._flats[bucket], slot), name not in self._filled
         self._filled.add(name)

@@ -93,9 +93,11 @@ def engine_for(
     cpu_checkpointing: bool = False,
     stage3: dict[str, Any] | None = None,
     lr: float = 1e-2,
+    left_out: str | None = None,
     **options: Any,
 ) -> ZeroEngine:
-    """``whole``: persistence threshold. Weight decay differs between matrices and the rest."""
+    """``whole``: persistence threshold. Weight decay differs between matrices and the rest. The optimizer does not know
+    parameters with ``left_out`` in their names."""
     model = model if model is not None else Net(frozen=frozen)
     settings = EngineSettings(
         stage=stage,
@@ -112,7 +114,8 @@ def engine_for(
             **options,
         },
     )
-    params = [p for p in model.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    params = [p for name, p in named if left_out is None or left_out not in name]
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},

@@ -257,3 +257,16 @@ def test_a_parameter_without_a_gradient_counts_as_zero_after_one_that_had_one() 
     assert engines[0].get_global_grad_norm() == pytest.approx(engines[1].get_global_grad_norm(), rel=1e-5)
     for engine in engines:
         engine.destroy()
+
+
+def _without_a_layer() -> dict[int, dict[str, Any]]:
+    return {stage: train(engine_for(stage=stage, left_out="layers.1", gradient_clipping=0.0)) for stage in (0, 3)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_parameters_that_the_optimizer_does_not_know_stay_as_they_are(world_size: int) -> None:
+    found = run_ranks(_without_a_layer, world_size)[0]
+    assert found[3]["losses"] == pytest.approx(found[0]["losses"], rel=1e-6)
+    for name, tensor in Net().state_dict().items():
+        unchanged = torch.equal(found[3]["weights"][name], tensor)
+        assert unchanged == ("layers.1." in name or name in ("offset", "idle.bias")), name
