@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -120,6 +121,8 @@ def assemble_sharded(
         for name, layout, slot, _ in order:
             if name not in wide:
                 fill(sources.pop(name), flat_of[id(layout)], slot)
+    # If weights and masters have one type, the model is whole again already.
+    with nullcontext() if not wide and _keeps_whole(module, plan) else taking_apart(module):
         if chosen is not None:
             connect_training(parts, settings, plan, flats[: len(plan.sharded)], home, chosen, group)
         elif world_size == 1:
@@ -131,6 +134,12 @@ def assemble_sharded(
                 fill(sources.pop(name), flat_of[id(layout)], slot, mine)
         drop_values(originals.values())
     return parts
+
+
+def _keeps_whole(module: nn.Module, plan: Plan) -> bool:
+    """Whether parameters that are not sharded have the type in which they will be trained."""
+    named = dict(module.named_parameters())
+    return all(named[slot.spec.name].dtype == layout.dtype for layout in plan.whole for slot in layout.slots)
 
 
 def _names_to_cut(module: nn.Module, settings: Stage3Settings) -> set[str]:

@@ -91,6 +91,27 @@ def test_mistakes_of_two_ranks_cost_nothing_either() -> None:
         _hold_equal(wanted, found)
 
 
+@pytest.mark.parametrize("whole", [0, 25])
+@pytest.mark.parametrize("was_sharded", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_that_have_the_type_of_their_shards_are_there_before_states_are_made(
+    precision: str, was_sharded: bool, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for fails in (False, True):
+        model = Net().bfloat16() if precision == "bf16" else Net()
+        options: dict[str, Any] = {"precision": precision, "whole": whole}
+        if was_sharded:
+            engine_for(model, **options).destroy()
+        if fails:
+            with monkeypatch.context() as patch:
+                _interrupt("states", patch)
+                with pytest.raises(Broken):
+                    engine_for(model, **options)
+        results.append(train(engine_for(model, **options)))
+    _hold_equal(*results)
+
+
 def _interrupt(place: str, patch: pytest.MonkeyPatch) -> None:
     if place == "sharding":
         patch.setattr(sharded_assembly, "shard_units", _broken)
@@ -101,10 +122,17 @@ def _interrupt(place: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(Fill, "__call__", lambda *args: _broken() if next(calls) == 3 else fill(*args))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("place", "was_sharded"),
-    [("sharding", False), ("states", False), ("values", False), ("states", True), ("values", True)],
+    ("place", "precision", "was_sharded"),
+    [
+        ("sharding", "fp32", False),
+        ("sharding", "bf16", False),
+        ("states", "bf16", False),
+        ("values", "fp32", False),
+        ("values", "bf16", False),
+        ("values", "fp32", True),
+        ("values", "bf16", True),
+    ],
 )
 def test_a_model_that_was_being_taken_apart_never_computes_again(
     place: str, precision: str, was_sharded: bool, monkeypatch: pytest.MonkeyPatch
