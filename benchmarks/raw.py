@@ -122,17 +122,19 @@ class Raw:
         for path in paths:
             self._read(path)
         for (setting, _), cell in self._cells.items():
-            for engine, place, record in self._shared.get(setting, []):
+            for engine, place, record in self._shared_with(setting):
                 cell.runs[engine][place].append(record)
-            if setting.other:
-                for engine, place, record in self._shared.get(setting._replace(other=""), []):
-                    if engine == "compute":  # which no engine of ours changes
-                        cell.runs[engine][place].append(record)
         for setting, found in self._shared.items():
             if not any(known == setting for known, _ in self._cells):
                 cell = self._cells.setdefault((setting, Variant()), Cell(setting, Variant()))
                 for engine, place, record in found:
                     cell.runs[engine][place].append(record)
+
+    def _shared_with(self, setting: Setting) -> list[tuple[str, Round, Record]]:
+        """The GPU's own share is the same beside every engine of ours."""
+        own = self._shared.get(setting, [])
+        others = self._shared.get(setting._replace(other=""), []) if setting.other else []
+        return [*own, *(found for found in others if found[0] == "compute")]
 
     def _read(self, path: Path) -> None:
         limits: dict[str, Any] = {}

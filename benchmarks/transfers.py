@@ -62,11 +62,11 @@ def make_tick(device: torch.device) -> Tensor:
 
 
 def with_kernels(home: StreamedHome, index: int, buffer: Tensor, ready: torch.cuda.Event) -> torch.cuda.Event:
-    stream, slab = home._downloads._streams[0], home._slabs[index]
+    stream, slab, cut = home._downloads._streams[0], home._slabs[index], 72 * 2**20
     tick = make_tick(buffer.device)
     torch.cuda.set_stream(stream)
     stream.wait_event(ready)
-    for host, device in zip(slab.split(72 * 2**20), buffer[: slab.numel()].split(72 * 2**20)):
+    for host, device in zip(slab.split(cut), buffer[: slab.numel()].split(cut)):
         host.copy_(device, non_blocking=True)
         tick.zero_()
     return stream.record_event()

@@ -24,7 +24,7 @@ def control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
 
 
 def test_cgroup_v2_takes_the_tightest_level(control_groups: Path) -> None:
@@ -91,10 +91,9 @@ def test_available_memory_counts_pages_of_files_that_nobody_uses(
 def test_odd_files_are_no_limits(text: str, control_groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**34))
     root = control_groups / "cgroup"
-    (control_groups / "membership").write_bytes(text.encode("latin-1"))
+    write(control_groups / "membership", text)
     for name in ("cpu.max", "memory.stat", "memory.max", "cpu/cpu.cfs_period_us", "memory/memory.usage_in_bytes"):
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_bytes(text.encode("latin-1"))
+        write(root / name, text)
     assert host_limits.core_quota() is None
     assert host_limits.available_memory_bytes() == 2**34
 

@@ -34,7 +34,6 @@ from hf_zero_plugin.engine.parts import Assembly
 from hf_zero_plugin.engine.readiness import Doors
 from hf_zero_plugin.engine.resident_grads import ResidentGrads
 from hf_zero_plugin.engine.sharding import sharding_for
-from hf_zero_plugin.engine.spent import refuse_spent
 from hf_zero_plugin.engine.state_homes import make_homes, state_types
 from hf_zero_plugin.engine.transient_grads import TransientGrads
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
@@ -83,7 +82,6 @@ def assemble(
 
     ``chosen`` is None for evaluation only.
     """
-    refuse_spent(module)
     parts = Assembly(module, device, sharding_for(settings.stage, rank=rank, world_size=world_size))
     compute = DTYPES[settings.precision] if settings.precision != "fp32" else None
     if chosen is None:

@@ -44,6 +44,7 @@ from hf_zero_plugin.engine.saving import Saved
 from hf_zero_plugin.engine.schedules import build_scheduler
 from hf_zero_plugin.engine.sharded_assembly import assemble_sharded
 from hf_zero_plugin.engine.sharding import sharding_for
+from hf_zero_plugin.engine.spent import refuse_spent
 from hf_zero_plugin.engine.timeline import Timed
 from hf_zero_plugin.engine.watchdog import Watchdog, steps_of, watched
 from hf_zero_plugin.engine.zero_optimizer import ZeroOptimizer
@@ -94,6 +95,7 @@ class ZeroEngine(Answering, Saved, Timed, nn.Module):
         self.watchdog = Watchdog(self.global_rank, self.world_size, steps_of(self), group)
         shards_params = sharding_for(settings.stage, rank=0, world_size=1).shards_params
         # What can be wrong with a configuration comes first: once weights have moved, an error costs their fp32 values.
+        refuse_spent(module)
         set_log_level(settings.log_level)
         chosen = choose_optimizer(settings, param_groups, client_optimizer) if param_groups is not None else None
         self.optimizer: ZeroOptimizer | None = chosen.optimizer if chosen is not None else None

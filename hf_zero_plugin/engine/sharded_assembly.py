@@ -53,7 +53,7 @@ from hf_zero_plugin.engine.sharded_values import (
 from hf_zero_plugin.engine.sharded_wiring import Plan, connect_training, refuse_impossible_states
 from hf_zero_plugin.engine.sharding import sharding_for
 from hf_zero_plugin.engine.shards import Shards, span_of, watch_evaluation
-from hf_zero_plugin.engine.spent import refuse_spent, taking_apart
+from hf_zero_plugin.engine.spent import taking_apart
 from hf_zero_plugin.engine.unit_transfers import UnitTransfers
 from hf_zero_plugin.errors import ConfigError
 
@@ -70,7 +70,6 @@ def assemble_sharded(
     group: dist.ProcessGroup | None,
 ) -> Assembly:
     """Build all parts of a stage 3 engine; the module is sharded in place, and stays so when the engine ends."""
-    refuse_spent(module)
     mesh = make_mesh(device, group)
     reshard_all(module)
     parts = Assembly(module, device, sharding_for(settings.stage, rank=rank, world_size=world_size))

@@ -112,7 +112,7 @@ def connect_training(
 
 
 def refuse_impossible_states(settings: EngineSettings, chosen: Chosen, sharding: Sharding) -> None:
-    """What ``connect_training`` would refuse, as far as that is known before the model's weights are taken apart."""
+    """States that ``connect_training`` has no way to make: found out before the model's weights are taken apart."""
     state_homes.state_types(settings, chosen.rule, chosen.client)
     if settings.offload_optimizer.device == "nvme":
         state_homes.refuse_own_states_on_nvme(chosen.rule, chosen.client)
@@ -247,10 +247,7 @@ def _make_homes(
     )
     sharded = whole._replace(finish_bucket=lambda bucket, owner: None, device=home, is_alone=True)
     offload = settings.offload_optimizer
-    if offload.device == "nvme":
-        state_homes.refuse_own_states_on_nvme(rule, client)
     if client is not None:
-        state_homes.refuse_cut_parameters(rule, client, parts.sharding)
         pieces = [piece for layout in parts.layouts for piece in cut_whole_parameters(layout)]
         indices = [slot.spec.index for layout in parts.layouts for slot in layout.slots]
         states = torch.device("cpu") if offload.device == "cpu" else home
@@ -284,8 +281,6 @@ def _tell_what_does_not_apply(parts: Assembly, settings: EngineSettings) -> None
 def _cut(
     layouts: Sequence[BucketLayout], rule: UpdateRule, parts: Assembly, max_numel: int | None = None
 ) -> Iterator[Piece]:
-    if not rule.elementwise:
-        state_homes.refuse_cut_parameters(rule, None, parts.sharding)
     for layout in layouts:
         if rule.elementwise:
             yield from cut_pieces(layout, parts.sharding.shard_of(layout), max_numel=max_numel)

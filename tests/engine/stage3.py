@@ -22,7 +22,7 @@ from hf_zero_plugin.config.settings import (
 )
 from hf_zero_plugin.engine.engine import ZeroEngine
 
-__all__ = ["Block", "Net", "batch", "engine_for", "loss_of", "rank_and_size", "train"]
+__all__ = ["Block", "Net", "batch", "engine_for", "hold_equal", "loss_of", "rank_and_size", "train"]
 
 ROWS = 4
 
@@ -136,3 +136,12 @@ def train(engine: ZeroEngine, steps: int = 4, *, first: int = 0, poison: int | N
         norms.append(engine.get_global_grad_norm())
     weights = engine._zero3_consolidated_16bit_state_dict()
     return {"losses": losses, "norms": norms, "weights": weights, "skipped": engine.skipped_steps}
+
+
+def hold_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Two results of ``train``, to the bit."""
+    assert found["losses"] == wanted["losses"]
+    assert found["norms"] == wanted["norms"]
+    assert found["weights"].keys() == wanted["weights"].keys()
+    for name, tensor in wanted["weights"].items():
+        assert torch.equal(found["weights"][name], tensor), name

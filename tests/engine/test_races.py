@@ -6,7 +6,8 @@ The CPU stands in for the GPU; ``races.py`` holds every access to memory against
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -381,29 +382,14 @@ def test_a_full_device_loses_no_buffer_that_is_still_read(monkeypatch: pytest.Mo
     assert detector.races == []
 
 
-def _have_ended(detector: RaceDetector, *copies: CutCopies) -> bool:
+def _have_ended(detector: RaceDetector, *streams: Any) -> bool:
     """Whether the host has waited for all that is queued."""
-    clocks = [stream.clock for one in copies for stream in one._streams]
-    return all(detector.host.get(name, 0) >= count for clock in clocks for name, count in clock.items())  # type: ignore[attr-defined]
+    return all(detector.host.get(name, 0) >= count for one in streams for name, count in one.clock.items())
 
 
-def test_states_that_were_fetched_for_nothing_have_come_before_their_memory_goes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    _stream_on_the_cpu(monkeypatch, room=True)
-    with RaceDetector(sees_ends=False) as detector:
-        engine = _engine("bf16", "cpu")
-        (home,) = _homes(engine)
-        _train(engine, 1)
-        home.start_backward()
-        home.prefetch()
-        assert home._staged and not _have_ended(detector, home._uploads)
-        home.forget_prefetched()
-        assert not home._staged and _have_ended(detector, home._uploads)
-        engine.destroy()
-
-
-def test_an_error_while_states_are_fetched_frees_nothing_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def _within_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[RaceDetector, StreamedHome]]:
+    """After three steps, with room. Three more follow, without races, and give the weights of six in a row."""
     wanted = _train(_engine("bf16", "none"))
     _stream_on_the_cpu(monkeypatch, room=True)
     with RaceDetector(sees_ends=False) as detector:
@@ -411,6 +397,25 @@ def test_an_error_while_states_are_fetched_frees_nothing_that_is_in_use(monkeypa
         (home,) = _homes(engine)
         _train(engine, 3)
         home.start_backward()
+        yield detector, home
+        found = _train(engine, 3, first=3)
+        engine.destroy()
+    assert detector.races == []
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_states_that_were_fetched_for_nothing_have_come_before_their_memory_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with _within_a_backward_pass(monkeypatch) as (detector, home):
+        home.prefetch()
+        assert home._staged and not _have_ended(detector, *home._uploads._streams)
+        home.forget_prefetched()
+        assert not home._staged and _have_ended(detector, *home._uploads._streams)
+
+
+def test_an_error_while_states_are_fetched_frees_nothing_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _within_a_backward_pass(monkeypatch) as (detector, home):
         upload = home._upload
 
         def interrupted(index: int, buffer: Tensor, *after: Any) -> Any:
@@ -421,32 +426,18 @@ def test_an_error_while_states_are_fetched_frees_nothing_that_is_in_use(monkeypa
         home._upload = interrupted  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             home.prefetch()
-        assert not home._staged and _have_ended(detector, home._uploads, home._downloads)
+        assert not home._staged and _have_ended(detector, *home._uploads._streams, *home._downloads._streams)
         del home._upload
-        found = _train(engine, 3, first=3)
-        engine.destroy()
-    assert detector.races == []
-    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 def test_a_device_whose_free_memory_is_in_pieces_stages_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = _train(_engine("bf16", "none"))
-    _stream_on_the_cpu(monkeypatch, room=True)
-    with RaceDetector(sees_ends=False) as detector:
-        engine = _engine("bf16", "cpu")
-        (home,) = _homes(engine)
-        _train(engine, 3)
+    with _within_a_backward_pass(monkeypatch) as (_, home):
         _stage_all(home)
-        home.start_backward()
         there = len(home._leaving.buffers)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", _full)
             home.prefetch()
         assert 2 <= len(home._staged) <= there < len(home.pieces)
-        found = _train(engine, 3, first=3)
-        engine.destroy()
-    assert detector.races == []
-    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
 def test_an_interrupted_update_frees_nothing_that_is_in_use_and_is_not_passed_over(
@@ -469,8 +460,7 @@ def test_an_interrupted_update_frees_nothing_that_is_in_use_and_is_not_passed_ov
         engine.step()
         with pytest.raises(torch.OutOfMemoryError):
             engine.synchronize()
-        for slot in (*home._slots, *home._uploads._streams, *home._downloads._streams):
-            assert all(detector.host.get(name, 0) >= count for name, count in slot.clock.items())  # type: ignore[attr-defined]
+        assert _have_ended(detector, *home._slots, *home._uploads._streams, *home._downloads._streams)
         with pytest.raises(HfZeroError, match=r"interrupted by an error.*load a checkpoint"):
             engine(torch.randn(3, WIDTH).bfloat16())
         del home._update
